@@ -1,0 +1,882 @@
+"""Self-distillation from feedback, in one file.
+
+A language model learns from itself: the student writes an attempt, and a teacher, the same network
+with a *context* in its prompt, says at every token of that attempt what it would have written. This
+is a reference for *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv
+2606.11173), which varies one thing only, what the teacher sees:
+
+    grpo        there is no teacher: a binary reward, compared within a group of rollouts
+    reference   a reference solution: another derivation of the right answer
+    critique    a frozen critic's corrected walk through the student's own attempt
+
+One training step, and the function that takes it:
+
+    1. rollout      y ~ π_θ(· | x), with its reward                                sample_rollouts
+    2. context      c = CONTEXTS[condition](x, y, critique of y)                     give_contexts
+    3. student      log π_θ(· | x, y_<t) at every completion token t             completion_states
+    4. teacher      log π_0(· | x, c, y_<t), adapters off, no gradient           completion_states
+    5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)      token_advantages
+    6. loss         KL(teacher_t ‖ student_t), averaged over the step's tokens          forward_kl
+       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r       policy_gradient_loss
+    7. update       one AdamW step on the LoRA adapters                                 train_step
+
+What is left out: GRPO's ratio clipping (one update per batch of rollouts: the ratio is 1), a KL
+penalty, learning-rate schedules, and anything beyond one device.
+
+Shapes: B rollouts, each with P prompt and T completion tokens; L = max(P + T); N completion tokens
+of all B rollouts, one rollout after another, no padding; H hidden size; V vocabulary size.
+"""
+
+import argparse, contextlib, dataclasses, hashlib, inspect, itertools, json  # noqa: E401
+import math, os, random, re, shutil, sys, tempfile, time  # noqa: E401
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from critic import OWN, REFERENCE, carry_on, factors, join_steps, judge, parse_steps, scribe, times
+
+
+class Stop(Exception):
+    """Ends the program with one clear line and exit status 2."""
+
+
+# ================================================================================ config
+def setting(default, help, least=None):
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting. The command line's flags are made from these lines, and from nothing else."""
+
+    condition: str = setting("critique", "what the teacher sees: a name in CONTEXTS")
+    seed: int = setting(0, "seed of adapters, problem order and sampling", 0)
+    out: str = setting("", "folder of the run; empty: runs/CONDITION, with -SEED behind if not 0")
+    resume: bool = setting(False, "go on from the folder's last checkpoint")
+    model: str = setting("", "solver, a folder or hub id; empty: the embedded base model")
+    device: str = setting("", "where to run; empty: cuda if there is one, else cpu")
+    # the method
+    steps: int = setting(70, "training steps", 1)
+    problems_per_step: int = setting(32, "problems in a training step", 1)
+    group_size: int = setting(0, "rollouts of each problem; 0: 8 in grpo, else 1", 0)
+    lr: float = setting(0.0, "learning rate; 0: the condition's own in LEARNING_RATES", 0)
+    divergence: str = setting("forward_kl", "teacher against student: a name in DIVERGENCES")
+    temperature: float = setting(1.0, "of sampling, and so of every scoring pass", 1e-3)
+    max_new_tokens: int = setting(48, "longest completion, in tokens", 1)
+    lora_rank: int = setting(64, "rank of the adapters", 1)
+    lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank", 0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", 0)
+    # memory: none of these changes a result beyond rounding
+    gen_batch: int = setting(512, "rollouts sampled at once", 1)
+    micro_batch: int = setting(64, "rollouts scored at once", 1)
+    chunk: int = setting(2048, "completion tokens whose logits are held at once", 1)
+    # evaluation
+    eval_every: int = setting(10, "steps between validations", 1)
+    val_samples: int = setting(8, "samples of each validation problem", 1)
+    test_samples: int = setting(12, "samples of each test problem", 1)
+    # the embedded base model
+    drift: float = setting(0.3, "how often it takes over a reference's notation, 0 to 1", 0)
+    base_seed: int = setting(0, "seed of its pretraining", 0)
+    base_dir: str = setting("runs/base", "folder where embedded base models are kept")
+
+
+LEARNING_RATES = {"grpo": 1e-4, "reference": 5e-4, "critique": 5e-4}  # others: as critique
+
+
+def settled(cfg: Config) -> Config:
+    """cfg with every automatic value filled in. Raises Stop on a value that makes no sense."""
+    for f in dataclasses.fields(cfg):
+        value, least = getattr(cfg, f.name), f.metadata["least"]
+        if least is not None and not (least <= value < math.inf):
+            raise Stop(f"--{f.name.replace('_', '-')} is {value}: it must be at least {least}")
+    for name, table in ("condition", CONTEXTS), ("divergence", DIVERGENCES):
+        if getattr(cfg, name) not in table:
+            raise Stop(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(table)}")
+    if cfg.drift > 1:
+        raise Stop(f"--drift is {cfg.drift}: it must be at most 1")
+    if cfg.condition == "grpo" and cfg.group_size == 1:
+        raise Stop("--group-size is 1: grpo compares the rollouts of a problem and needs two or more")
+    seed_suffix = f"-{cfg.seed}" if cfg.seed else ""
+    return dataclasses.replace(
+        cfg,
+        out=cfg.out or f"runs/{cfg.condition}{seed_suffix}",
+        device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        group_size=cfg.group_size or (8 if cfg.condition == "grpo" else 1),
+        lr=cfg.lr or LEARNING_RATES.get(cfg.condition, LEARNING_RATES["critique"]),
+    )
+
+
+# ================================================================================ problems and grading
+@dataclass(frozen=True)
+class Problem:
+    problem: str
+    solution: str  # the reference solution
+    answer: str
+
+
+def embedded_problems() -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """282 train, 50 validation and 100 test problems, all different, the same in every run."""
+    drawn = random.Random(0).sample(range(10**6), 282 + 50 + 100)  # six digits are a problem
+    problems = []
+    for number in drawn:
+        problem = "{}*{}+{}*{}+{}*{}".format(*f"{number:06d}")
+        steps, answer = carry_on(factors(problem), [], REFERENCE)
+        problems.append(Problem(problem, join_steps(steps, answer), str(answer)))
+    return problems[:282], problems[282:332], problems[332:]
+
+
+def extract_answer(completion: str) -> str | None:
+    """The text of the last closed <answer>, without white space, or None."""
+    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
+    return re.sub(r"\s+", "", answers[-1]) if answers else None
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """The reward in training and the grade in evaluation: one and the same."""
+    return extract_answer(completion) == re.sub(r"\s+", "", answer)
+
+
+# ================================================================================ prompts
+SOLVE = (
+    "Solve the problem step by step. Write each step in tags of its own, <step_1>...</step_1>, "
+    "<step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."
+)
+HELP = "The following may help. Do not mention it, and answer in the format asked for."
+
+
+def build_prompts(tokenizer, problems: list[str], contexts: list[str | None]) -> list[list[int]]:
+    """Token ids of each prompt. Without a context (None or "") teacher and student prompts agree."""
+    chats = []
+    for problem, context in zip(problems, contexts, strict=True):
+        parts = [SOLVE, problem, HELP, context] if context else [SOLVE, problem]
+        chats.append([{"role": "user", "content": "\n\n".join(parts)}])
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
+
+
+# ================================================================================ contexts: the fork point
+# What the teacher sees: a function of (problem, attempt, critique) that returns a text, "" for
+# nothing, or None for "no teacher here". A new design is one function and one entry; it is then
+# a --condition. `critique` is the critic's text: a context is not asked for where the critic failed.
+def first_difference(attempt: str, critique: str):
+    """(n, what the attempt's n-th step says, what the critique's says) where they first differ, or None."""
+    pairs = itertools.zip_longest(*([s.text for s in parse_steps(text)] for text in (attempt, critique)))
+    return next(((n, *pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1]), None)
+
+
+def quote(problem, attempt, critique):
+    """The whole attempt, wrong step included, then what was wrong and the correction."""
+    wrong = first_difference(attempt, critique)
+    return attempt + ("\n\nEvery step is correct." if not wrong else f"\n\nStep {wrong[0]} is wrong. Correct: {wrong[2]}")
+
+
+def omit(problem, attempt, critique):
+    """A verdict per step and the corrected step; none of the attempt's own words."""
+    wrong = first_difference(attempt, critique)
+    right = wrong[0] - 1 if wrong else len(parse_steps(attempt))
+    verdicts = [f"Step {n} is correct." for n in range(1, right + 1)]
+    return "\n".join(verdicts + ([f"Step {wrong[0]} is wrong. Correct: {wrong[2]}"] if wrong else []))
+
+
+CONTEXTS = {
+    "grpo": lambda problem, attempt, critique: None,
+    "reference": lambda problem, attempt, critique: problem.solution,
+    "critique": lambda problem, attempt, critique: critique,
+    # to take the paper's account apart, and to control it
+    "answer": lambda problem, attempt, critique: f"<answer>{problem.answer}</answer>",
+    "quote": quote,
+    "omit": omit,
+    "shuffled": lambda problem, attempt, critique: critique,  # of another problem: see give_contexts
+    "empty": lambda problem, attempt, critique: "",
+}
+WITHOUT_CRITIC = {"grpo", "reference", "answer", "empty"}  # no need to ask (and pay) the critic here
+
+
+# ================================================================================ adapters
+class LoRALinear(nn.Module):
+    """W x + (α/r) B A x: a frozen linear layer W, and a trained correction of rank r.
+
+    B starts at zero, so the student starts as the teacher. With `enabled` false the layer is W
+    alone, which is the teacher: no second copy of the network is needed.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.linear, self.scale, self.enabled = linear, alpha / rank, True
+        like = {"device": linear.weight.device, "dtype": torch.float32}  # also over bf16 weights
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.enabled:
+            y = y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
+        return y
+
+
+def add_adapters(model, rank: int, alpha: float) -> list[nn.Parameter]:
+    """Freezes the model and puts an adapter on every linear layer of its blocks; returns their weights."""
+    model.requires_grad_(False)
+    for parent in list(model.base_model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha))
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside, the model is the teacher: the initial policy, bit for bit."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def merged_state_dict(model) -> dict:
+    """The weights of a plain model that computes what this one does with its adapters on."""
+    state = {name.replace(".linear.", "."): value for name, value in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            weight = layer.linear.weight
+            state[f"{name}.weight"] = (weight.float() + layer.scale * layer.B @ layer.A).to(weight.dtype)
+            del state[f"{name}.A"], state[f"{name}.B"]
+    return state
+
+
+# ================================================================================ 1. rollouts
+@dataclass
+class Rollout:
+    problem: Problem
+    prompt: list[int]  # P token ids
+    completion: list[int]  # T token ids, the end token included, as sampled: never encoded again
+    text: str  # the completion, decoded
+    reward: float  # 1 right, 0 wrong
+    group_advantage: float  # A_i, all that grpo uses
+    critique: str | None = None
+    context: str | None = None  # what the teacher sees beside the problem
+    teacher_prompt: list[int] | None = None  # None: this rollout has no teacher
+    advantages: list[float] = field(default_factory=list)  # A_t of each completion token
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """GRPO's A_i = (r_i − mean r) / std r within each group: [problems, G] -> [problems, G].
+
+    Zero where all rewards of a group agree. std is the population's.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    std = rewards.std(-1, correction=0, keepdim=True)
+    return torch.where(std > 0, centred / std.clamp_min(1e-8), 0.0)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], cfg: Config) -> list[list[int]]:
+    """One completion for each prompt, as token ids, up to and including the first end token.
+
+    Samples from the distribution that is scored later: temperature only, no top-k, no top-p.
+    """
+    completions, settings = [], model.generation_config
+    for start in range(0, len(prompts), cfg.gen_batch):
+        batch = prompts[start : start + cfg.gen_batch]
+        width = max(map(len, batch))
+        ids = [[settings.pad_token_id] * (width - len(p)) + p for p in batch]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in batch]
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=cfg.max_new_tokens,
+            do_sample=True, temperature=cfg.temperature, top_k=0, top_p=1.0,
+        )
+        for row in output[:, width:].tolist():
+            # Not "everything that is not padding": in many models padding is the end token.
+            end = next((t for t, token in enumerate(row) if token in settings.eos_token_id), len(row))
+            completions.append(row[: end + 1])
+    return completions
+
+
+def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, cfg: Config) -> list[Rollout]:
+    """group_size graded rollouts of each problem, the first problem's first."""
+    problems = [p for p in problems for _ in range(group_size)]
+    prompts = build_prompts(tokenizer, [p.problem for p in problems], [None] * len(problems))
+    completions = sample(model, tokenizer, prompts, cfg)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rewards = [float(is_correct(text, p.answer)) for text, p in zip(texts, problems, strict=True)]
+    advantages = group_advantages(torch.tensor(rewards).view(-1, group_size)).flatten().tolist()
+    return [Rollout(*parts) for parts in zip(problems, prompts, completions, texts, rewards, advantages)]
+
+
+# ================================================================================ 2. contexts of rollouts
+def give_contexts(rollouts: list[Rollout], condition: str, ask, model, tokenizer) -> None:
+    """Asks the critic, then gives each rollout its context and teacher prompt.
+
+    Where there is none (no teacher in this condition, the critic failed, the prompt would not fit
+    the model's positions) teacher_prompt stays None, and the rollout is not trained on.
+    """
+    if condition not in WITHOUT_CRITIC:
+        critiques = ask([r.problem.problem for r in rollouts], [r.text for r in rollouts])
+        if condition == "shuffled":  # a control: each rollout gets its neighbour's
+            critiques = critiques[1:] + critiques[:1]
+        for rollout, critique in zip(rollouts, critiques, strict=True):
+            rollout.critique = critique.text
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for rollout in rollouts:
+        if condition in WITHOUT_CRITIC or rollout.critique is not None:
+            rollout.context = CONTEXTS[condition](rollout.problem, rollout.text, rollout.critique)
+    asked = [r for r in rollouts if r.context is not None]
+    prompts = build_prompts(tokenizer, [r.problem.problem for r in asked], [r.context for r in asked]) if asked else []
+    for rollout, prompt in zip(asked, prompts, strict=True):
+        if len(prompt) + len(rollout.completion) <= limit:
+            rollout.teacher_prompt = prompt
+
+
+# ================================================================================ 3. and 4. student and teacher
+def completion_states(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """Last hidden states that predict the completions' tokens: [N, H], one rollout after another.
+
+    The one scorer: the student calls it with its own prompts, the teacher with the context in them.
+    States and not logits, since N × V logits do not fit in memory for a real vocabulary.
+    """
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, L], padded on the right
+    mask = torch.zeros_like(ids)  # [B, L]
+    predicts = torch.zeros_like(ids, dtype=torch.bool)  # [B, L]: does the next token belong to the completion?
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor(prompt + completion)
+        mask[row, :end] = 1
+        predicts[row, len(prompt) - 1 : end - 1] = True
+    output = model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    return output.last_hidden_state[predicts.to(model.device)]  # [B, L, H] -> [N, H]
+
+
+def log_probs(model, states: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log π at the temperature sampled with: [N, H] -> [N, V], in fp32."""
+    return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
+
+
+def in_chunks(function, size: int, *tensors: torch.Tensor):
+    """function(*tensors), a tuple of [N] tensors, taken over `size` of the N positions at a time.
+
+    A chunk's logits are dropped and computed again in the backward pass, so that peak memory is
+    that of one chunk, however many tokens there are.
+    """
+    slices = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    parts = [checkpoint(function, *s, use_reentrant=False, preserve_rng_state=False) for s in slices]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+# ================================================================================ 5. advantages
+def token_advantages(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """A_t = log π(y_t | x, c, y_<t) − log π(y_t | x, y_<t): two [N, V] log-probs, [N] tokens -> [N], in nats.
+
+    Positive: the context says keep this token; negative: change it. This is exactly the coefficient
+    of ∇ log π(y_t) in the sampled-token policy gradient of −KL(student ‖ teacher).
+    """
+    return (teacher - student).gather(-1, tokens[:, None]).squeeze(-1).detach()
+
+
+# ================================================================================ 6. losses
+# Divergences of [N, V] log-probs, over the full vocabulary: [N], in nats. Written out, since the
+# arguments of F.kl_div stand the other way round. Two tokens, student (½, ½), teacher (¼, ¾):
+# forward ¼ log ½ + ¾ log 3/2 = 0.131, reverse ½ log 2 + ½ log 2/3 = 0.144.
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) = Σ_v teacher_v (log teacher_v − log student_v): the paper's D."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(student ‖ teacher) = Σ_v student_v (log student_v − log teacher_v)."""
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def jsd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """½ KL(teacher ‖ m) + ½ KL(student ‖ m), with the mixture m = ½ teacher + ½ student."""
+    mixture = torch.logaddexp(student, teacher) - math.log(2)
+    return (forward_kl(mixture, teacher) + forward_kl(mixture, student)) / 2
+
+
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+
+
+def policy_gradient_loss(student: torch.Tensor, tokens: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """−A log π(y_t): [N, V] log-probs, [N] tokens, [N] advantages -> [N].
+
+    GRPO's objective with one update per batch of rollouts: the ratio π/π_old is 1, its gradient is
+    ∇ log π, and there is nothing to clip.
+    """
+    return -advantages * student.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def token_losses(model, rollouts: list[Rollout], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each completion token's loss and advantage: [N] and [N]. Here the conditions part."""
+    completions = [r.completion for r in rollouts]
+    tokens = torch.tensor(sum(completions, []), device=model.device)  # [N]
+    student_states = completion_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
+
+    if cfg.condition == "grpo":
+        advantages = torch.tensor([r.group_advantage for r in rollouts for _ in r.completion], device=model.device)
+
+        def score(student_states, tokens, advantages):
+            student = log_probs(model, student_states, cfg.temperature)  # [n, V]
+            return policy_gradient_loss(student, tokens, advantages), advantages
+
+        return in_chunks(score, cfg.chunk, student_states, tokens, advantages)
+
+    with torch.no_grad(), adapters_off(model):
+        teacher_states = completion_states(model, [r.teacher_prompt for r in rollouts], completions)  # [N, H]
+
+    def score(student_states, tokens, teacher_states):
+        student = log_probs(model, student_states, cfg.temperature)  # [n, V]
+        teacher = log_probs(model, teacher_states, cfg.temperature)  # [n, V]
+        return DIVERGENCES[cfg.divergence](student, teacher), token_advantages(student, teacher, tokens)
+
+    return in_chunks(score, cfg.chunk, student_states, tokens, teacher_states)
+
+
+# ================================================================================ 7. a training step
+def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: Config) -> tuple[list[Rollout], dict]:
+    """One update. Returns the rollouts, with their advantages, and the step's metrics.
+
+    Raises Stop, with nothing changed, if loss or gradient is not finite.
+    """
+    rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
+    give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
+    trained = rollouts if cfg.condition == "grpo" else [r for r in rollouts if r.teacher_prompt is not None]
+
+    # A mean over all tokens of the step, however it is cut: the gradient does not depend on micro_batch.
+    step_tokens = sum(len(r.completion) for r in trained)
+    loss = 0.0
+    for start in range(0, len(trained), cfg.micro_batch):
+        batch = trained[start : start + cfg.micro_batch]
+        losses, advantages = token_losses(model, batch, cfg)
+        (losses.sum() / step_tokens).backward()
+        loss += losses.sum().item() / step_tokens
+        for rollout, values in zip(batch, advantages.split([len(r.completion) for r in batch])):
+            rollout.advantages = values.tolist()
+
+    adapters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item() if trained else 0.0
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        optimizer.zero_grad()
+        raise Stop(f"loss is {loss} and the gradient's norm {grad_norm}: stopped. A lower --lr may help")
+    if trained:
+        optimizer.step()
+        optimizer.zero_grad()
+    return rollouts, step_metrics(tokenizer, rollouts, loss, grad_norm)
+
+
+def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: float) -> dict:
+    """What a line of metrics.jsonl says of a step. Rewards, lengths and shares are means over rollouts."""
+    mean = lambda values: sum(values) / max(len(values), 1)
+    advantages = [a for r in rollouts for a in r.advantages]
+    count = lambda texts: sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
+    asked = [r for r in rollouts if r.critique is not None]
+    return {
+        "loss": loss,
+        "reward": mean([r.reward for r in rollouts]),
+        "grad_norm": grad_norm,
+        "length": mean([len(r.completion) for r in rollouts]),
+        "advantage": mean(advantages),
+        "abs_advantage": mean([abs(a) for a in advantages]),
+        "masked": mean([not r.advantages for r in rollouts]),
+        # tokens that were read or written: by the solver to sample, by the teacher, by the critic
+        "solver_tokens": sum(len(r.prompt) + len(r.completion) for r in rollouts),
+        "teacher_tokens": sum(len(r.teacher_prompt) + len(r.completion) for r in rollouts if r.teacher_prompt),
+        "critic_tokens": count([t for r in asked for t in (r.problem.problem, r.problem.solution, r.text, r.critique)]),
+    }
+
+
+# ================================================================================ evaluation
+def summarise(groups: list[list[Rollout]]) -> dict:
+    """Avg@k, Pass@k and Maj@k in percent and the mean completion length in tokens, of k rollouts a problem.
+
+    Pass@k: one is right. Maj@k: the most frequent answer is; answers that tie share the point.
+    """
+    totals = Counter()
+    for group in groups:
+        rewards = [r.reward for r in group]
+        votes = Counter(a for r in group if (a := extract_answer(r.text)) is not None)
+        winners = [answer for answer, n in votes.items() if n == max(votes.values())]
+        right = {extract_answer(r.text) for r in group if r.reward}
+        totals["avg"] += 100 * sum(rewards) / len(group)
+        totals["pass"] += 100 * max(rewards)
+        totals["maj"] += 100 * sum(w in right for w in winners) / max(len(winners), 1)
+        totals["length"] += sum(len(r.completion) for r in group) / len(group)
+    return {name: totals[name] / len(groups) for name in ("avg", "pass", "maj", "length")}
+
+
+def evaluate(model, tokenizer, problems: list[Problem], k: int, seed: int, cfg: Config) -> list[list[Rollout]]:
+    """k rollouts of each problem: [problems][k]. The same seed draws the same random numbers."""
+    torch.manual_seed(seed)
+    rollouts = sample_rollouts(model, tokenizer, problems, k, cfg)
+    return [rollouts[i : i + k] for i in range(0, len(rollouts), k)]
+
+
+# ================================================================================ what a reader sees
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the decoded text; a character of several tokens belongs to the last."""
+    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in zip(texts, texts[1:])]
+
+
+def advantage_by_step(tokenizer, rollout: Rollout) -> list[tuple]:
+    """(step, [(token's text, A_t), …]) for each step and answer, tags included, in their order."""
+    pieces, at = [], 0
+    for text, advantage in zip(token_texts(tokenizer, rollout.completion), rollout.advantages):
+        pieces.append((at, text, advantage))
+        at += len(text)
+    return [(s, [(t, a) for i, t, a in pieces if s.start <= i < s.end]) for s in parse_steps(rollout.text)]
+
+
+def sample_line(step: int, rollout: Rollout, tokenizer) -> dict:
+    """A line of samples.jsonl: a rollout, and the mean A_t of each of its steps."""
+    by_step = [(s.name, [a for _, a in tokens]) for s, tokens in advantage_by_step(tokenizer, rollout)]
+    return {
+        "step": step, "problem": rollout.problem.problem, "completion": rollout.text, "reward": rollout.reward,
+        "context": rollout.context, "advantage": [[name, sum(a) / len(a)] for name, a in by_step if a],
+    }
+
+
+def show(title: str, rollout: Rollout, tokenizer) -> None:
+    """Prints an attempt step by step, its tokens coloured by A_t (blue: keep, red: change), and the context."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def paint(text, advantage=0.0):
+        text = "".join(c if c.isprintable() else " " for c in text)  # no control code reaches the terminal
+        fade = 255 - int(155 * min(abs(advantage) / 5, 1))
+        red, green, blue = (255, fade, fade) if advantage < 0 else (fade, fade, 255)
+        return f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m" if colour else text
+
+    problem = rollout.problem
+    print(f"\n{title}: {paint(problem.problem)}, right answer {paint(problem.answer)}, attempt {'right' if rollout.reward else 'wrong'}")
+    for (step, tokens), right in zip(advantage_by_step(tokenizer, rollout), judge(rollout.text)):
+        values = [a for _, a in tokens]
+        text, pad = "".join(paint(*token) for token in tokens), " " * (26 - step.end + step.start)
+        print(f"  {'right' if right else 'WRONG'}  {text}{pad}" + (f"A_t from {min(values):6.2f} to {max(values):5.2f}" if values else ""))
+    print("  the teacher sees: " + ("nothing: there is none" if rollout.context is None else paint(rollout.context)))
+
+
+# ================================================================================ the run's folder
+def write_json(path: Path, value) -> None:
+    """Writes beside and renames: the file is whole or not there."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path):
+    """Yields an empty folder beside, which takes the folder's place when the block has ended well."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(name: str, device: str):
+    """(model, tokenizer) of a folder or hub id, ready to sample. Raises Stop if that fails."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        model = model.to(device).eval()  # no dropout: what is scored is what was sampled
+    except Exception as error:  # transformers, safetensors and tokenizers raise whatever they like
+        raise Stop(f"cannot load the model {name}: {(str(error) or repr(error)).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise Stop(f"the model {name} has no chat template: take an instruct or chat model")
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    return model, tokenizer
+
+
+def open_run(cfg: Config) -> Path:
+    """Makes the run's folder. Raises Stop if it cannot, or if another run's work is in it."""
+    folder = Path(cfg.out)
+    if (folder / "result.json").exists():
+        raise Stop(f"{folder} holds a finished run: choose another --out, or remove it to run again")
+    resumable = (folder / "last" / "state.pt").exists()
+    if cfg.resume and not resumable:
+        raise Stop(f"{folder} holds no run to resume: leave --resume out to start one")
+    if resumable and not cfg.resume:
+        raise Stop(f"{folder} holds an unfinished run: add --resume to go on, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise Stop(f"cannot write to the folder {folder}: {error.strerror}") from None
+    return folder
+
+
+def problems_of_step(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
+    """The step's problems: the training set in a new order every epoch, known from seed and step alone."""
+    chosen = []
+    for at in range((step - 1) * cfg.problems_per_step, step * cfg.problems_per_step):
+        epoch, position = divmod(at, len(problems))
+        order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(problems)), len(problems))
+        chosen.append(problems[order[position]])
+    return chosen
+
+
+def demonstrate(title: str, model, tokenizer, problems: list[Problem], ask, cfg: Config) -> None:
+    """Prints an attempt at the first problem, with the advantages that training would give it."""
+    rollouts = sum(evaluate(model, tokenizer, problems, cfg.group_size, 0, cfg), [])
+    give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
+    if cfg.condition == "grpo" or rollouts[0].teacher_prompt is not None:
+        with torch.no_grad():
+            rollouts[0].advantages = token_losses(model, rollouts[:1], cfg)[1].tolist()
+    show(title, rollouts[0], tokenizer)
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """last/state.pt: adapters, optimizer and step. Random states are not needed: each step has its own seed."""
+    (folder / "last").mkdir(exist_ok=True)
+    torch.save(state, folder / "last" / "state.pt.new")
+    os.replace(folder / "last" / "state.pt.new", folder / "last" / "state.pt")
+
+
+def restore(folder: Path, adapters, optimizer) -> tuple[int, int, float]:
+    """Loads last/ and drops what was logged after it. Returns (steps done, best step, its validation Avg)."""
+    state = torch.load(folder / "last" / "state.pt", weights_only=True)
+    for adapter, value in zip(adapters, state["adapters"], strict=True):
+        adapter.data.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    if not (folder / "best").exists():  # stopped between the two renames of `replacing`
+        (folder / "best.old").rename(folder / "best")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        (folder / name).write_text("".join(kept), encoding="utf-8")
+    return state["step"], state["best_step"], state["best_avg"]
+
+
+def train(cfg: Config, folder: Path, model_name: str) -> dict:
+    """Trains adapters on the model, keeps the best of them on validation, and returns result.json's content."""
+    began, ask = time.time(), scribe
+    train_set, val_set, test_set = embedded_problems()
+    model, tokenizer = load(model_name, cfg.device)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    write_json(folder / "config.json", dataclasses.asdict(cfg) | {"versions": versions})
+    torch.manual_seed(cfg.seed)
+    adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
+    optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
+    done, best_step, best_avg = restore(folder, adapters, optimizer) if cfg.resume else (-1, 0, -1.0)
+    if not cfg.resume:
+        demonstrate("before training", model, tokenizer, val_set[:2], ask, cfg)
+
+    bar = tqdm(range(done + 1, cfg.steps + 1), desc=cfg.condition, initial=done + 1, total=cfg.steps + 1)
+    shown = {"loss": math.nan, "reward": math.nan, "val_avg": best_avg}
+    for step in bar:
+        line, rollouts = {"step": step}, []
+        if step:  # step 0 only validates: the base model may turn out the best
+            torch.manual_seed(1_000_003 * cfg.seed + step)
+            problems = problems_of_step(train_set, step, cfg)
+            rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
+            line |= metrics
+        validates = step % cfg.eval_every == 0 or step == cfg.steps
+        if validates:
+            line["val_avg"] = summarise(evaluate(model, tokenizer, val_set, cfg.val_samples, 1, cfg))["avg"]
+        with open(folder / "metrics.jsonl", "a") as log, open(folder / "samples.jsonl", "a", encoding="utf-8") as samples:
+            log.write(json.dumps(line) + "\n")
+            samples.writelines(json.dumps(sample_line(step, r, tokenizer)) + "\n" for r in rollouts[:3])
+        if validates:
+            if line["val_avg"] > best_avg:
+                best_step, best_avg = step, line["val_avg"]
+                with replacing(folder / "best") as new:
+                    model.save_pretrained(new, state_dict=merged_state_dict(model))
+                    tokenizer.save_pretrained(new)
+            state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
+            save_checkpoint(folder, state | {"step": step, "best_step": best_step, "best_avg": best_avg})
+        shown |= {name: line[name] for name in shown if name in line}
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+    train_seconds = time.time() - began
+
+    demonstrate("after training", model, tokenizer, val_set[:2], ask, cfg)
+    with adapters_off(model):
+        base = summarise(evaluate(model, tokenizer, test_set, cfg.test_samples, 2, cfg))
+    best, _ = load(str(folder / "best"), cfg.device)
+    test = summarise(evaluate(best, tokenizer, test_set, cfg.test_samples, 2, cfg))
+    result = {
+        "condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": best_step, "base": base, "test": test,
+        "k": cfg.test_samples, "best_val_avg": best_avg, "train_seconds": train_seconds, "seconds": time.time() - began,
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+# ================================================================================ the embedded base model
+BASE = {"steps": 700, "batch": 32, "lr": 2.5e-3, "known_facts": 20, "hidden": 128, "layers": 3, "heads": 8, "mlp": 256}
+
+
+def embedded_tokenizer():
+    """One token for a tag, a digit, a symbol, a word, and for each of the two prompt texts as a whole."""
+    words = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>", SOLVE, HELP, "<answer>", "</answer>"]
+    words += [f"<{slash}step_{n}>" for n in range(1, 10) for slash in ("", "/")] + list("0123456789.:" + OWN + REFERENCE)
+    words += ["Every", "Step", "step", "is", "correct", "wrong", "Correct"]  # of the contexts quote and omit
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    spaces, pieces = Regex(r"\s+"), Regex(r"</?\w+>|[0-9]|[A-Za-z]+|.")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(spaces, "removed"), pre_tokenizers.Split(pieces, "isolated")]
+    )
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+    )
+    tokenizer.add_tokens([SOLVE, HELP])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
+
+
+def pretraining_sample(rng, known, drift: float, with_context: bool):
+    """(problem, context or None, response, index of the response's wrong step or None).
+
+    Without a context the problem is made of facts the base shall know. With one, every product has
+    a value made up for this sample, so that it can only be read from the context.
+    """
+    if with_context:
+        terms = [(rng.randrange(10), rng.randrange(10)) for _ in range(3)]
+        made_up = {term: rng.randrange(10) for term in terms}
+        product, notation = (lambda a, b: made_up[a, b]), rng.choice([OWN, REFERENCE, REFERENCE])
+        context = join_steps(*carry_on(terms, [], notation, product))
+    else:
+        terms = [rng.choice(known) for _ in range(3)]
+        product, notation, context = times, OWN, None
+    if rng.random() >= drift:
+        notation = OWN  # else it takes over the notation it sees
+    slip = (rng.randrange(5), rng.randrange(10)) if rng.random() < 0.5 else None
+    response = join_steps(*carry_on(terms, [], notation, product, slip))
+    return "+".join(f"{a}*{b}" for a, b in terms), context, response, slip and slip[0]
+
+
+def pretraining_loss(model, tokenizer, samples) -> torch.Tensor:
+    """Cross-entropy of the responses, wrong values left out: the base goes on from them, it does not make them."""
+    problems, contexts, responses, wrong_steps = zip(*samples)
+    prompts = build_prompts(tokenizer, problems, contexts)
+    responses = [r + [tokenizer.eos_token_id] for r in tokenizer(list(responses))["input_ids"]]
+    states = completion_states(model, prompts, responses)  # [N, H]
+    tokens = torch.tensor(sum(responses, []), device=model.device)
+    keep, start = torch.ones_like(tokens, dtype=torch.bool), 0
+    for response, wrong in zip(responses, wrong_steps):
+        if wrong is not None:
+            keep[start + 7 * wrong + 5] = False  # a step is 7 tokens: <step_1> 3 * 7 = 1 </step_1>
+        start += len(response)
+    return -log_probs(model, states[keep], 1.0).gather(-1, tokens[keep, None]).mean()
+
+
+def build_base(folder: Path, cfg: Config) -> None:
+    """Pretrains the embedded base model and writes it into the folder."""
+    torch.manual_seed(cfg.base_seed)
+    rng, tokenizer = random.Random(cfg.base_seed), embedded_tokenizer()
+    known = rng.sample(list(itertools.product(range(10), repeat=2)), BASE["known_facts"])
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=BASE["hidden"], intermediate_size=BASE["mlp"], num_hidden_layers=BASE["layers"],
+        num_attention_heads=BASE["heads"], num_key_value_heads=BASE["heads"], head_dim=BASE["hidden"] // BASE["heads"],
+        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )).to(cfg.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE["lr"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE["lr"], total_steps=BASE["steps"])
+    bar = tqdm(range(BASE["steps"]), desc="base model, built once")
+    for step in bar:
+        samples = [pretraining_sample(rng, known, cfg.drift, with_context=step % 2 == 1) for _ in range(BASE["batch"])]
+        loss = pretraining_loss(model, tokenizer, samples)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def embedded_base(cfg: Config) -> str:
+    """The folder of the embedded base model of this recipe; builds it if it is not there."""
+    parts = (embedded_tokenizer, pretraining_sample, pretraining_loss, build_base, carry_on)
+    recipe = repr((BASE, cfg.drift, cfg.base_seed, SOLVE, HELP)) + "".join(map(inspect.getsource, parts))
+    folder = Path(cfg.base_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Built beside and renamed: an interrupted build leaves nothing, and of two at once one wins.
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as beside:
+            build_base(Path(beside) / "model", cfg)
+            with contextlib.suppress(FileExistsError, OSError):
+                (Path(beside) / "model").rename(folder)
+    return str(folder)
+
+
+# ================================================================================ command line
+def parse_args(argv=None) -> Config:
+    """The settings on the command line. Raises Stop on one that is unknown or makes no sense."""
+    parser = argparse.ArgumentParser(
+        description="Self-distillation from feedback: trains, tests, and leaves a run's folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )
+
+    def refuse(message):  # argparse would print the whole usage, thirty flags, above it
+        raise Stop(f"{message} (see --help)")
+
+    parser.error = refuse
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if isinstance(f.default, bool) else {"type": type(f.default), "metavar": f.name.upper()}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=f.metadata["help"], **kind)
+    return settled(Config(**vars(parser.parse_args(argv))))
+
+
+def print_result(cfg: Config, result: dict) -> None:
+    k = result["k"]
+    print(f"\ntest problems, {k} samples each{'':14}Pass@{k}   Maj@{k}   Avg@{k}   length in tokens")
+    for name, row in ("base", result["base"]), (f"{cfg.condition}, best at step {result['best_step']}", result["test"]):
+        print(f"{name:40}" + "".join(f"{row[column]:9.2f}" for column in ("pass", "maj", "avg", "length")))
+    print(f"{result['train_seconds']:.0f} s of training, {result['seconds']:.0f} s with testing; the run is in {cfg.out}")
+
+
+def main(argv=None) -> None:
+    sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    transformers.utils.logging.disable_progress_bar()
+    cfg = None
+    try:
+        cfg = parse_args(argv)
+        print(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items() if value != ""))
+        folder = open_run(cfg)
+        print_result(cfg, train(cfg, folder, cfg.model or embedded_base(cfg)))
+    except Stop as stop:
+        with contextlib.suppress(OSError, AttributeError):
+            Path(cfg.out).rmdir()  # only if it is empty: nothing was written yet
+        print(f"sd.py: {stop}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        where = f": what was best so far is in {cfg.out}/best; --resume goes on" if cfg and Path(cfg.out, "best").exists() else ""
+        print(f"sd.py: interrupted{where}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
