@@ -75,7 +75,7 @@ class Config:
     max_new_tokens: int = setting(48, "longest completion, in tokens", 1)
     lora_rank: int = setting(64, "rank of the adapters", 1)
     lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank", 0)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", 0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", 1e-9)
     # memory: none of these changes a result beyond rounding
     gen_batch: int = setting(512, "rollouts sampled at once", 1)
     micro_batch: int = setting(64, "rollouts scored at once", 1)
@@ -106,11 +106,15 @@ def settled(cfg: Config) -> Config:
         raise Stop(f"--drift is {cfg.drift}: it must be at most 1")
     if cfg.condition == "grpo" and cfg.group_size == 1:
         raise Stop("--group-size is 1: grpo compares the rollouts of a problem and needs two or more")
-    seed_suffix = f"-{cfg.seed}" if cfg.seed else ""
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Stop(f"--device {device}: {str(error).splitlines()[0]}") from None
     return dataclasses.replace(
         cfg,
-        out=cfg.out or f"runs/{cfg.condition}{seed_suffix}",
-        device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        out=cfg.out or f"runs/{cfg.condition}" + (f"-{cfg.seed}" if cfg.seed else ""),
+        device=device,
         group_size=cfg.group_size or (8 if cfg.condition == "grpo" else 1),
         lr=cfg.lr or LEARNING_RATES.get(cfg.condition, LEARNING_RATES["critique"]),
     )
@@ -168,35 +172,13 @@ def build_prompts(tokenizer, problems: list[str], contexts: list[str | None]) ->
 # ================================================================================ contexts: the fork point
 # What the teacher sees: a function of (problem, attempt, critique) that returns a text, "" for
 # nothing, or None for "no teacher here". A new design is one function and one entry; it is then
-# a --condition. `critique` is the critic's text: a context is not asked for where the critic failed.
-def first_difference(attempt: str, critique: str):
-    """(n, what the attempt's n-th step says, what the critique's says) where they first differ, or None."""
-    pairs = itertools.zip_longest(*([s.text for s in parse_steps(text)] for text in (attempt, critique)))
-    return next(((n, *pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1]), None)
-
-
-def quote(problem, attempt, critique):
-    """The whole attempt, wrong step included, then what was wrong and the correction."""
-    wrong = first_difference(attempt, critique)
-    return attempt + ("\n\nEvery step is correct." if not wrong else f"\n\nStep {wrong[0]} is wrong. Correct: {wrong[2]}")
-
-
-def omit(problem, attempt, critique):
-    """A verdict per step and the corrected step; none of the attempt's own words."""
-    wrong = first_difference(attempt, critique)
-    right = wrong[0] - 1 if wrong else len(parse_steps(attempt))
-    verdicts = [f"Step {n} is correct." for n in range(1, right + 1)]
-    return "\n".join(verdicts + ([f"Step {wrong[0]} is wrong. Correct: {wrong[2]}"] if wrong else []))
-
-
+# a --condition. Where the critic failed there is no critique, and the function is not called.
 CONTEXTS = {
     "grpo": lambda problem, attempt, critique: None,
     "reference": lambda problem, attempt, critique: problem.solution,
     "critique": lambda problem, attempt, critique: critique,
     # to take the paper's account apart, and to control it
     "answer": lambda problem, attempt, critique: f"<answer>{problem.answer}</answer>",
-    "quote": quote,
-    "omit": omit,
     "shuffled": lambda problem, attempt, critique: critique,  # of another problem: see give_contexts
     "empty": lambda problem, attempt, critique: "",
 }
@@ -338,11 +320,10 @@ def give_contexts(rollouts: list[Rollout], condition: str, ask, model, tokenizer
     for rollout in rollouts:
         if condition in WITHOUT_CRITIC or rollout.critique is not None:
             rollout.context = CONTEXTS[condition](rollout.problem, rollout.text, rollout.critique)
-    asked = [r for r in rollouts if r.context is not None]
-    prompts = build_prompts(tokenizer, [r.problem.problem for r in asked], [r.context for r in asked]) if asked else []
-    for rollout, prompt in zip(asked, prompts, strict=True):
-        if len(prompt) + len(rollout.completion) <= limit:
-            rollout.teacher_prompt = prompt
+        if rollout.context is not None:
+            [prompt] = build_prompts(tokenizer, [rollout.problem.problem], [rollout.context])
+            if len(prompt) + len(rollout.completion) <= limit:
+                rollout.teacher_prompt = prompt
 
 
 # ================================================================================ 3. and 4. student and teacher
@@ -355,14 +336,15 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, L], padded on the right
     mask = torch.zeros_like(ids)  # [B, L]
-    predicts = torch.zeros_like(ids, dtype=torch.bool)  # [B, L]: does the next token belong to the completion?
+    predicts = torch.zeros_like(ids, dtype=torch.bool)  # [B, L]: is the next token the completion's?
     for row, (prompt, completion) in enumerate(zip(prompts, completions)):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
         mask[row, :end] = 1
         predicts[row, len(prompt) - 1 : end - 1] = True
-    output = model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    return output.last_hidden_state[predicts.to(model.device)]  # [B, L, H] -> [N, H]
+    ids, mask, predicts = (tensor.to(model.device) for tensor in (ids, mask, predicts))
+    output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state[predicts]  # [B, L, H] -> [N, H]
 
 
 def log_probs(model, states: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -383,7 +365,7 @@ def in_chunks(function, size: int, *tensors: torch.Tensor):
 
 # ================================================================================ 5. advantages
 def token_advantages(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """A_t = log π(y_t | x, c, y_<t) − log π(y_t | x, y_<t): two [N, V] log-probs, [N] tokens -> [N], in nats.
+    """A_t = log π(y_t | x, c, y_<t) − log π(y_t | x, y_<t), from [N, V] log-probs and [N] tokens: [N], in nats.
 
     Positive: the context says keep this token; negative: change it. This is exactly the coefficient
     of ∇ log π(y_t) in the sampled-token policy gradient of −KL(student ‖ teacher).
@@ -394,15 +376,17 @@ def token_advantages(student: torch.Tensor, teacher: torch.Tensor, tokens: torch
 # ================================================================================ 6. losses
 # Divergences of [N, V] log-probs, over the full vocabulary: [N], in nats. Written out, since the
 # arguments of F.kl_div stand the other way round. Two tokens, student (½, ½), teacher (¼, ¾):
-# forward ¼ log ½ + ¾ log 3/2 = 0.131, reverse ½ log 2 + ½ log 2/3 = 0.144.
+# forward ¼ log ½ + ¾ log 3/2 = 0.131, reverse ½ log 2 + ½ log 2/3 = 0.144. The last two terms add up to
+# 1 − 1. They make the gradient exactly zero where student and teacher agree: the rounding that is left
+# without them, some 1e-8, AdamW scales up to full steps, and `empty` wanders off.
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL(teacher ‖ student) = Σ_v teacher_v (log teacher_v − log student_v): the paper's D."""
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return (teacher.exp() * (teacher - student) + student.exp() - teacher.exp()).sum(-1)
 
 
 def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL(student ‖ teacher) = Σ_v student_v (log student_v − log teacher_v)."""
-    return (student.exp() * (student - teacher)).sum(-1)
+    return (student.exp() * (student - teacher) + teacher.exp() - student.exp()).sum(-1)
 
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -426,32 +410,33 @@ def policy_gradient_loss(student: torch.Tensor, tokens: torch.Tensor, advantages
 def token_losses(model, rollouts: list[Rollout], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Each completion token's loss and advantage: [N] and [N]. Here the conditions part."""
     completions = [r.completion for r in rollouts]
-    tokens = torch.tensor(sum(completions, []), device=model.device)  # [N]
+    tokens = torch.tensor([token for c in completions for token in c], device=model.device)  # [N]
     student_states = completion_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
 
     if cfg.condition == "grpo":
-        advantages = torch.tensor([r.group_advantage for r in rollouts for _ in r.completion], device=model.device)
+        advantages = [r.group_advantage for r in rollouts for _ in r.completion]  # the same at every token
+        advantages = torch.tensor(advantages, device=model.device)  # [N]
 
-        def score(student_states, tokens, advantages):
+        def grpo_loss(student_states, tokens, advantages):
             student = log_probs(model, student_states, cfg.temperature)  # [n, V]
             return policy_gradient_loss(student, tokens, advantages), advantages
 
-        return in_chunks(score, cfg.chunk, student_states, tokens, advantages)
+        return in_chunks(grpo_loss, cfg.chunk, student_states, tokens, advantages)
 
     with torch.no_grad(), adapters_off(model):
         teacher_states = completion_states(model, [r.teacher_prompt for r in rollouts], completions)  # [N, H]
 
-    def score(student_states, tokens, teacher_states):
+    def distillation_loss(student_states, tokens, teacher_states):
         student = log_probs(model, student_states, cfg.temperature)  # [n, V]
         teacher = log_probs(model, teacher_states, cfg.temperature)  # [n, V]
         return DIVERGENCES[cfg.divergence](student, teacher), token_advantages(student, teacher, tokens)
 
-    return in_chunks(score, cfg.chunk, student_states, tokens, teacher_states)
+    return in_chunks(distillation_loss, cfg.chunk, student_states, tokens, teacher_states)
 
 
 # ================================================================================ 7. a training step
-def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: Config) -> tuple[list[Rollout], dict]:
-    """One update. Returns the rollouts, with their advantages, and the step's metrics.
+def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: Config):
+    """One update on the problems. Returns the rollouts, with their advantages, and the step's metrics.
 
     Raises Stop, with nothing changed, if loss or gradient is not finite.
     """
@@ -483,10 +468,13 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: C
 
 def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: float) -> dict:
     """What a line of metrics.jsonl says of a step. Rewards, lengths and shares are means over rollouts."""
-    mean = lambda values: sum(values) / max(len(values), 1)
+    def mean(values):
+        return sum(values) / max(len(values), 1)
+
     advantages = [a for r in rollouts for a in r.advantages]
-    count = lambda texts: sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
-    asked = [r for r in rollouts if r.critique is not None]
+    taught = [r for r in rollouts if r.teacher_prompt is not None]
+    criticised = [r for r in rollouts if r.critique is not None]
+    critic_texts = [f"{r.problem.problem} {r.problem.solution} {r.text} {r.critique}" for r in criticised]
     return {
         "loss": loss,
         "reward": mean([r.reward for r in rollouts]),
@@ -495,10 +483,11 @@ def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: flo
         "advantage": mean(advantages),
         "abs_advantage": mean([abs(a) for a in advantages]),
         "masked": mean([not r.advantages for r in rollouts]),
-        # tokens that were read or written: by the solver to sample, by the teacher, by the critic
+        # Tokens read or written: by the solver as it samples, by the teacher, and by the critic (as the
+        # solver's tokenizer counts problem, reference, attempt and critique).
         "solver_tokens": sum(len(r.prompt) + len(r.completion) for r in rollouts),
-        "teacher_tokens": sum(len(r.teacher_prompt) + len(r.completion) for r in rollouts if r.teacher_prompt),
-        "critic_tokens": count([t for r in asked for t in (r.problem.problem, r.problem.solution, r.text, r.critique)]),
+        "teacher_tokens": sum(len(r.teacher_prompt) + len(r.completion) for r in taught),
+        "critic_tokens": sum(len(tokenizer.tokenize(text)) for text in critic_texts),
     }
 
 
@@ -529,95 +518,93 @@ def evaluate(model, tokenizer, problems: list[Problem], k: int, seed: int, cfg: 
 
 
 # ================================================================================ what a reader sees
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the decoded text; a character of several tokens belongs to the last."""
-    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(texts, texts[1:])]
-
-
 def advantage_by_step(tokenizer, rollout: Rollout) -> list[tuple]:
-    """(step, [(token's text, A_t), …]) for each step and answer, tags included, in their order."""
-    pieces, at = [], 0
-    for text, advantage in zip(token_texts(tokenizer, rollout.completion), rollout.advantages):
-        pieces.append((at, text, advantage))
-        at += len(text)
-    return [(s, [(t, a) for i, t, a in pieces if s.start <= i < s.end]) for s in parse_steps(rollout.text)]
+    """(step, [(token's text, A_t), …]) for each step and the answer, tags included, in their order."""
+    ids = rollout.completion  # a token's text is what it adds: a character may take several tokens
+    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
+    tokens = [(len(text), after[len(text) :], a) for text, after, a in zip(texts, texts[1:], rollout.advantages)]
+    return [(s, [(t, a) for at, t, a in tokens if s.start <= at < s.end]) for s in parse_steps(rollout.text)]
 
 
 def sample_line(step: int, rollout: Rollout, tokenizer) -> dict:
-    """A line of samples.jsonl: a rollout, and the mean A_t of each of its steps."""
+    """A line of samples.jsonl: a rollout, its context, and the mean A_t of each of its steps."""
     by_step = [(s.name, [a for _, a in tokens]) for s, tokens in advantage_by_step(tokenizer, rollout)]
     return {
-        "step": step, "problem": rollout.problem.problem, "completion": rollout.text, "reward": rollout.reward,
-        "context": rollout.context, "advantage": [[name, sum(a) / len(a)] for name, a in by_step if a],
+        "step": step,
+        "problem": rollout.problem.problem,
+        "completion": rollout.text,
+        "reward": rollout.reward,
+        "context": rollout.context,
+        "advantage": [[name, sum(values) / len(values)] for name, values in by_step if values],
     }
 
 
-def show(title: str, rollout: Rollout, tokenizer) -> None:
-    """Prints an attempt step by step, its tokens coloured by A_t (blue: keep, red: change), and the context."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+def paint(text: str, advantage: float = 0.0) -> str:
+    """The text for a terminal, coloured by A_t: blue keeps the token, red changes it, white is zero."""
+    text = "".join(c if c.isprintable() else " " for c in text)  # a model writes anything: no control codes
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    fade = 255 - int(155 * min(abs(advantage) / 5, 1))  # full colour from 5 nats on
+    red, green, blue = (255, fade, fade) if advantage < 0 else (fade, fade, 255)
+    return f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m"
 
-    def paint(text, advantage=0.0):
-        text = "".join(c if c.isprintable() else " " for c in text)  # no control code reaches the terminal
-        fade = 255 - int(155 * min(abs(advantage) / 5, 1))
-        red, green, blue = (255, fade, fade) if advantage < 0 else (fade, fade, 255)
-        return f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m" if colour else text
 
-    problem = rollout.problem
-    print(f"\n{title}: {paint(problem.problem)}, right answer {paint(problem.answer)}, attempt {'right' if rollout.reward else 'wrong'}")
+def show(title: str, model, tokenizer, problems: list[Problem], ask, cfg: Config) -> None:
+    """Prints an attempt at the first problem with the advantages that training would give its tokens."""
+    rollouts = [r for group in evaluate(model, tokenizer, problems, cfg.group_size, 0, cfg) for r in group]
+    give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
+    rollout = rollouts[0]
+    if cfg.condition == "grpo" or rollout.teacher_prompt is not None:
+        with torch.no_grad():
+            rollout.advantages = token_losses(model, [rollout], cfg)[1].tolist()
+    grade = "right" if rollout.reward else "wrong"
+    print(f"\n{title}: {rollout.problem.problem}, answered {grade}, should be {rollout.problem.answer}")
     for (step, tokens), right in zip(advantage_by_step(tokenizer, rollout), judge(rollout.text)):
-        values = [a for _, a in tokens]
-        text, pad = "".join(paint(*token) for token in tokens), " " * (26 - step.end + step.start)
-        print(f"  {'right' if right else 'WRONG'}  {text}{pad}" + (f"A_t from {min(values):6.2f} to {max(values):5.2f}" if values else ""))
-    print("  the teacher sees: " + ("nothing: there is none" if rollout.context is None else paint(rollout.context)))
+        values = [a for _, a in tokens] or [0.0]
+        text = "".join(paint(*token) for token in tokens) + " " * (26 - step.end + step.start)
+        print(f"  {'right' if right else 'WRONG'}  {text}  A_t from {min(values):6.2f} to {max(values):5.2f}")
+    print("  the teacher sees:", "nothing, there is none" if rollout.context is None else paint(rollout.context))
 
 
 # ================================================================================ the run's folder
-def write_json(path: Path, value) -> None:
-    """Writes beside and renames: the file is whole or not there."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)
-
-
 @contextlib.contextmanager
-def replacing(folder: Path):
-    """Yields an empty folder beside, which takes the folder's place when the block has ended well."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
+def replacing(path: Path):
+    """Yields a path beside, for a file or folder that takes this one's place when the block has ended well."""
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
     yield new
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    if path.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def load(name: str, device: str):
     """(model, tokenizer) of a folder or hub id, ready to sample. Raises Stop if that fails."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-        model = model.to(device).eval()  # no dropout: what is scored is what was sampled
-    except Exception as error:  # transformers, safetensors and tokenizers raise whatever they like
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    except Exception as error:  # the libraries below raise whatever they like
         raise Stop(f"cannot load the model {name}: {(str(error) or repr(error)).splitlines()[0]}") from None
     if not tokenizer.chat_template:
         raise Stop(f"the model {name} has no chat template: take an instruct or chat model")
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
     ends = [ends] if isinstance(ends, int) else ends
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    return model, tokenizer
+    return model.eval(), tokenizer  # eval: no dropout, or what is scored is not what was sampled
 
 
 def open_run(cfg: Config) -> Path:
-    """Makes the run's folder. Raises Stop if it cannot, or if another run's work is in it."""
+    """Makes the run's folder. Raises Stop if it cannot, or if that would harm a run that is there."""
     folder = Path(cfg.out)
+    resumable = (folder / "last" / "state.pt").exists()
     if (folder / "result.json").exists():
         raise Stop(f"{folder} holds a finished run: choose another --out, or remove it to run again")
-    resumable = (folder / "last" / "state.pt").exists()
     if cfg.resume and not resumable:
         raise Stop(f"{folder} holds no run to resume: leave --resume out to start one")
     if resumable and not cfg.resume:
@@ -630,121 +617,126 @@ def open_run(cfg: Config) -> Path:
     return folder
 
 
-def problems_of_step(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
-    """The step's problems: the training set in a new order every epoch, known from seed and step alone."""
-    chosen = []
-    for at in range((step - 1) * cfg.problems_per_step, step * cfg.problems_per_step):
-        epoch, position = divmod(at, len(problems))
-        order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(problems)), len(problems))
-        chosen.append(problems[order[position]])
-    return chosen
+def start(folder: Path, cfg: Config) -> None:
+    """Writes config.json and empties the logs."""
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
+    with replacing(folder / "config.json") as new:
+        new.write_text(json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=2) + "\n")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).write_text("")
 
 
-def demonstrate(title: str, model, tokenizer, problems: list[Problem], ask, cfg: Config) -> None:
-    """Prints an attempt at the first problem, with the advantages that training would give it."""
-    rollouts = sum(evaluate(model, tokenizer, problems, cfg.group_size, 0, cfg), [])
-    give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
-    if cfg.condition == "grpo" or rollouts[0].teacher_prompt is not None:
-        with torch.no_grad():
-            rollouts[0].advantages = token_losses(model, rollouts[:1], cfg)[1].tolist()
-    show(title, rollouts[0], tokenizer)
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """last/state.pt: adapters, optimizer and step. Random states are not needed: each step has its own seed."""
+def save(folder: Path, model, tokenizer, optimizer, adapters, state: dict, is_best: bool) -> None:
+    """best/ is an ordinary model folder; last/ is what `restore` needs. Random states are not among it,
+    since every step has a seed of its own."""
+    if is_best:
+        with replacing(folder / "best") as new:
+            model.save_pretrained(new, state_dict=merged_state_dict(model))
+            tokenizer.save_pretrained(new)
     (folder / "last").mkdir(exist_ok=True)
-    torch.save(state, folder / "last" / "state.pt.new")
-    os.replace(folder / "last" / "state.pt.new", folder / "last" / "state.pt")
+    tensors = {"adapters": [p.data for p in adapters], "optimizer": optimizer.state_dict()}
+    with replacing(folder / "last" / "state.pt") as new:
+        torch.save(state | tensors, new)
 
 
-def restore(folder: Path, adapters, optimizer) -> tuple[int, int, float]:
-    """Loads last/ and drops what was logged after it. Returns (steps done, best step, its validation Avg)."""
+def restore(folder: Path, optimizer, adapters) -> dict:
+    """Loads last/ and drops what was logged after it. Returns the state: step, best_step, best_avg."""
     state = torch.load(folder / "last" / "state.pt", weights_only=True)
-    for adapter, value in zip(adapters, state["adapters"], strict=True):
+    for adapter, value in zip(adapters, state.pop("adapters"), strict=True):
         adapter.data.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    if not (folder / "best").exists():  # stopped between the two renames of `replacing`
+    optimizer.load_state_dict(state.pop("optimizer"))
+    if not (folder / "best").exists():  # it stopped between the two renames of `replacing`
         (folder / "best.old").rename(folder / "best")
     for name in ("metrics.jsonl", "samples.jsonl"):
         lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        (folder / name).write_text("".join(kept), encoding="utf-8")
-    return state["step"], state["best_step"], state["best_avg"]
+        with replacing(folder / name) as new:
+            new.write_text("".join(kept), encoding="utf-8")
+    return state
 
 
+# ================================================================================ training
 def train(cfg: Config, folder: Path, model_name: str) -> dict:
-    """Trains adapters on the model, keeps the best of them on validation, and returns result.json's content."""
+    """Trains adapters on the model, keeps the best of them on validation; returns result.json's content."""
     began, ask = time.time(), scribe
     train_set, val_set, test_set = embedded_problems()
     model, tokenizer = load(model_name, cfg.device)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(folder / "config.json", dataclasses.asdict(cfg) | {"versions": versions})
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
-    done, best_step, best_avg = restore(folder, adapters, optimizer) if cfg.resume else (-1, 0, -1.0)
-    if not cfg.resume:
-        demonstrate("before training", model, tokenizer, val_set[:2], ask, cfg)
+    if cfg.resume:
+        state = restore(folder, optimizer, adapters)
+    else:
+        start(folder, cfg)
+        state = {"step": -1, "best_step": 0, "best_avg": -1.0}
+        show("before training", model, tokenizer, val_set[:2], ask, cfg)
 
-    bar = tqdm(range(done + 1, cfg.steps + 1), desc=cfg.condition, initial=done + 1, total=cfg.steps + 1)
-    shown = {"loss": math.nan, "reward": math.nan, "val_avg": best_avg}
+    # The training problems in a new order every epoch, one epoch after another.
+    rng, order = random.Random(cfg.seed), []
+    while len(order) < cfg.steps * cfg.problems_per_step:
+        order += rng.sample(train_set, len(train_set))
+    shown = {"loss": math.nan, "reward": math.nan, "val_avg": state["best_avg"]}
+    steps = range(state["step"] + 1, cfg.steps + 1)  # step 0 only validates: the base may be the best
+    bar = tqdm(steps, desc=cfg.condition, initial=steps.start, total=cfg.steps + 1)
     for step in bar:
         line, rollouts = {"step": step}, []
-        if step:  # step 0 only validates: the base model may turn out the best
+        if step > 0:
             torch.manual_seed(1_000_003 * cfg.seed + step)
-            problems = problems_of_step(train_set, step, cfg)
+            problems = order[(step - 1) * cfg.problems_per_step : step * cfg.problems_per_step]
             rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
             line |= metrics
-        validates = step % cfg.eval_every == 0 or step == cfg.steps
+            if metrics["masked"] == 1:
+                tqdm.write(f"step {step}: no rollout has a teacher, so no weight was changed")
+        if validates := step % cfg.eval_every == 0 or step == cfg.steps:
+            groups = evaluate(model, tokenizer, val_set, cfg.val_samples, 1, cfg)
+            line["val_avg"] = summarise(groups)["avg"]
+        samples = [sample_line(step, r, tokenizer) for r in rollouts[:3]]
+        for name, rows in ("metrics", [line]), ("samples", samples):
+            with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as log:
+                log.writelines(json.dumps(row) + "\n" for row in rows)
         if validates:
-            line["val_avg"] = summarise(evaluate(model, tokenizer, val_set, cfg.val_samples, 1, cfg))["avg"]
-        with open(folder / "metrics.jsonl", "a") as log, open(folder / "samples.jsonl", "a", encoding="utf-8") as samples:
-            log.write(json.dumps(line) + "\n")
-            samples.writelines(json.dumps(sample_line(step, r, tokenizer)) + "\n" for r in rollouts[:3])
-        if validates:
-            if line["val_avg"] > best_avg:
-                best_step, best_avg = step, line["val_avg"]
-                with replacing(folder / "best") as new:
-                    model.save_pretrained(new, state_dict=merged_state_dict(model))
-                    tokenizer.save_pretrained(new)
-            state = {"adapters": adapters, "optimizer": optimizer.state_dict()}
-            save_checkpoint(folder, state | {"step": step, "best_step": best_step, "best_avg": best_avg})
+            state["step"], is_best = step, line["val_avg"] > state["best_avg"]
+            if is_best:
+                state |= {"best_step": step, "best_avg": line["val_avg"]}
+            save(folder, model, tokenizer, optimizer, adapters, state, is_best)
         shown |= {name: line[name] for name in shown if name in line}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-    train_seconds = time.time() - began
+    trained_in = time.time() - began
 
-    demonstrate("after training", model, tokenizer, val_set[:2], ask, cfg)
+    show("after training", model, tokenizer, val_set[:2], ask, cfg)
     with adapters_off(model):
         base = summarise(evaluate(model, tokenizer, test_set, cfg.test_samples, 2, cfg))
     best, _ = load(str(folder / "best"), cfg.device)
     test = summarise(evaluate(best, tokenizer, test_set, cfg.test_samples, 2, cfg))
-    result = {
-        "condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": best_step, "base": base, "test": test,
-        "k": cfg.test_samples, "best_val_avg": best_avg, "train_seconds": train_seconds, "seconds": time.time() - began,
-    }
-    write_json(folder / "result.json", result)
+    result = {"condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": state["best_step"]}
+    result |= {"base": base, "test": test, "k": cfg.test_samples, "best_val_avg": state["best_avg"]}
+    result |= {"train_seconds": trained_in, "seconds": time.time() - began}
+    with replacing(folder / "result.json") as new:
+        new.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
 # ================================================================================ the embedded base model
-BASE = {"steps": 700, "batch": 32, "lr": 2.5e-3, "known_facts": 20, "hidden": 128, "layers": 3, "heads": 8, "mlp": 256}
+BASE = {"steps": 700, "batch": 32, "lr": 2.5e-3, "known_facts": 20}
+ARCHITECTURE = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.06,
+}  # fmt: skip
 
 
 def embedded_tokenizer():
     """One token for a tag, a digit, a symbol, a word, and for each of the two prompt texts as a whole."""
     words = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>", SOLVE, HELP, "<answer>", "</answer>"]
-    words += [f"<{slash}step_{n}>" for n in range(1, 10) for slash in ("", "/")] + list("0123456789.:" + OWN + REFERENCE)
-    words += ["Every", "Step", "step", "is", "correct", "wrong", "Correct"]  # of the contexts quote and omit
+    words += [f"<{slash}step_{n}>" for n in range(1, 10) for slash in ("", "/")]
+    words += list("0123456789" + OWN + REFERENCE)
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    spaces, pieces = Regex(r"\s+"), Regex(r"</?\w+>|[0-9]|[A-Za-z]+|.")
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(spaces, "removed"), pre_tokenizers.Split(pieces, "isolated")]
-    )
+    no_spaces = pre_tokenizers.Split(Regex(r"\s+"), "removed")
+    pieces = pre_tokenizers.Split(Regex(r"</?\w+>|[0-9]|[A-Za-z]+|."), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([no_spaces, pieces])
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", unk_token="<unk>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-    )
+    special = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<unk>"}
+    special["additional_special_tokens"] = ["<|user|>", "<|assistant|>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.add_tokens([SOLVE, HELP])
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -775,7 +767,7 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
 
 
 def pretraining_loss(model, tokenizer, samples) -> torch.Tensor:
-    """Cross-entropy of the responses, wrong values left out: the base goes on from them, it does not make them."""
+    """Cross-entropy of the responses but for wrong values: the base goes on from them, it does not make them."""
     problems, contexts, responses, wrong_steps = zip(*samples)
     prompts = build_prompts(tokenizer, problems, contexts)
     responses = [r + [tokenizer.eos_token_id] for r in tokenizer(list(responses))["input_ids"]]
@@ -794,17 +786,17 @@ def build_base(folder: Path, cfg: Config) -> None:
     torch.manual_seed(cfg.base_seed)
     rng, tokenizer = random.Random(cfg.base_seed), embedded_tokenizer()
     known = rng.sample(list(itertools.product(range(10), repeat=2)), BASE["known_facts"])
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=BASE["hidden"], intermediate_size=BASE["mlp"], num_hidden_layers=BASE["layers"],
-        num_attention_heads=BASE["heads"], num_key_value_heads=BASE["heads"], head_dim=BASE["hidden"] // BASE["heads"],
-        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )).to(cfg.device)
+    architecture = Qwen3Config(
+        **ARCHITECTURE, vocab_size=len(tokenizer), tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(architecture).to(cfg.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE["lr"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE["lr"], total_steps=BASE["steps"])
     bar = tqdm(range(BASE["steps"]), desc="base model, built once")
     for step in bar:
-        samples = [pretraining_sample(rng, known, cfg.drift, with_context=step % 2 == 1) for _ in range(BASE["batch"])]
+        with_context = step % 2 == 1
+        samples = [pretraining_sample(rng, known, cfg.drift, with_context) for _ in range(BASE["batch"])]
         loss = pretraining_loss(model, tokenizer, samples)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -820,7 +812,8 @@ def build_base(folder: Path, cfg: Config) -> None:
 def embedded_base(cfg: Config) -> str:
     """The folder of the embedded base model of this recipe; builds it if it is not there."""
     parts = (embedded_tokenizer, pretraining_sample, pretraining_loss, build_base, carry_on)
-    recipe = repr((BASE, cfg.drift, cfg.base_seed, SOLVE, HELP)) + "".join(map(inspect.getsource, parts))
+    recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP))
+    recipe += "".join(map(inspect.getsource, parts))
     folder = Path(cfg.base_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -845,36 +838,39 @@ def parse_args(argv=None) -> Config:
 
     parser.error = refuse
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if isinstance(f.default, bool) else {"type": type(f.default), "metavar": f.name.upper()}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=f.metadata["help"], **kind)
+        flag = f"--{f.name.replace('_', '-')}"
+        kind = {"type": type(f.default), "metavar": f.name.upper()}
+        kind = {"action": "store_true"} if isinstance(f.default, bool) else kind
+        parser.add_argument(flag, default=f.default, help=f.metadata["help"], **kind)
     return settled(Config(**vars(parser.parse_args(argv))))
 
 
 def print_result(cfg: Config, result: dict) -> None:
-    k = result["k"]
-    print(f"\ntest problems, {k} samples each{'':14}Pass@{k}   Maj@{k}   Avg@{k}   length in tokens")
-    for name, row in ("base", result["base"]), (f"{cfg.condition}, best at step {result['best_step']}", result["test"]):
+    k, trained = result["k"], f"{cfg.condition}, best at step {result['best_step']}"
+    print(f"\n{f'test problems, {k} samples each':40}  Pass@{k}   Maj@{k}   Avg@{k}   tokens")
+    for name, row in ("base", result["base"]), (trained, result["test"]):
         print(f"{name:40}" + "".join(f"{row[column]:9.2f}" for column in ("pass", "maj", "avg", "length")))
-    print(f"{result['train_seconds']:.0f} s of training, {result['seconds']:.0f} s with testing; the run is in {cfg.out}")
+    print(f"{result['train_seconds']:.0f} s, {result['seconds']:.0f} s with testing. The run is in {cfg.out}.")
 
 
 def main(argv=None) -> None:
     sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     transformers.utils.logging.disable_progress_bar()
-    cfg = None
+    out = None
     try:
         cfg = parse_args(argv)
         print(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items() if value != ""))
-        folder = open_run(cfg)
-        print_result(cfg, train(cfg, folder, cfg.model or embedded_base(cfg)))
+        out = open_run(cfg)
+        print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg)))
     except Stop as stop:
-        with contextlib.suppress(OSError, AttributeError):
-            Path(cfg.out).rmdir()  # only if it is empty: nothing was written yet
+        if out and not any(out.iterdir()):
+            out.rmdir()
         print(f"sd.py: {stop}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        where = f": what was best so far is in {cfg.out}/best; --resume goes on" if cfg and Path(cfg.out, "best").exists() else ""
-        print(f"sd.py: interrupted{where}", file=sys.stderr)
+        kept = out and (out / "last" / "state.pt").exists()
+        how = f": the best so far is in {out / 'best'}, and --resume goes on" if kept else ""
+        print(f"\nsd.py: interrupted{how}", file=sys.stderr)
         sys.exit(130)
 
 
