@@ -164,9 +164,8 @@ def build_prompts(tokenizer, problems: list[str], contexts: list[str | None]) ->
     for problem, context in zip(problems, contexts, strict=True):
         parts = [SOLVE, problem, HELP, context] if context else [SOLVE, problem]
         chats.append([{"role": "user", "content": "\n\n".join(parts)}])
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, enable_thinking=False, return_dict=False
-    )
+    how = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
+    return tokenizer.apply_chat_template(chats, **how)
 
 
 # ================================================================================ contexts: the fork point
@@ -233,12 +232,13 @@ def adapters_off(model):
 
 def merged_state_dict(model) -> dict:
     """The weights of a plain model that computes what this one does with its adapters on."""
-    state = {name.replace(".linear.", "."): value for name, value in model.state_dict().items()}
+    state = dict(model.state_dict())
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
-            weight = layer.linear.weight
-            state[f"{name}.weight"] = (weight.float() + layer.scale * layer.B @ layer.A).to(weight.dtype)
-            del state[f"{name}.A"], state[f"{name}.B"]
+            a, b, weight = (state.pop(f"{name}.{part}") for part in ("A", "B", "linear.weight"))
+            state[f"{name}.weight"] = (weight.float() + layer.scale * b @ a).to(weight.dtype)
+            if layer.linear.bias is not None:
+                state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
     return state
 
 
@@ -268,7 +268,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[list[int]], cfg: Config) -> list[list[int]]:
+def sample(model, prompts: list[list[int]], cfg: Config) -> list[list[int]]:
     """One completion for each prompt, as token ids, up to and including the first end token.
 
     Samples from the distribution that is scored later: temperature only, no top-k, no top-p.
@@ -279,12 +279,9 @@ def sample(model, tokenizer, prompts: list[list[int]], cfg: Config) -> list[list
         width = max(map(len, batch))
         ids = [[settings.pad_token_id] * (width - len(p)) + p for p in batch]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in batch]
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=cfg.max_new_tokens,
-            do_sample=True, temperature=cfg.temperature, top_k=0, top_p=1.0,
-        )
+        how = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
+        ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=cfg.max_new_tokens, **how)
         for row in output[:, width:].tolist():
             # Not "everything that is not padding": in many models padding is the end token.
             end = next((t for t, token in enumerate(row) if token in settings.eos_token_id), len(row))
@@ -296,7 +293,7 @@ def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, 
     """group_size graded rollouts of each problem, the first problem's first."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = build_prompts(tokenizer, [p.problem for p in problems], [None] * len(problems))
-    completions = sample(model, tokenizer, prompts, cfg)
+    completions = sample(model, prompts, cfg)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     rewards = [float(is_correct(text, p.answer)) for text, p in zip(texts, problems, strict=True)]
     advantages = group_advantages(torch.tensor(rewards).view(-1, group_size)).flatten().tolist()

@@ -131,8 +131,8 @@ def test_the_end_token_belongs_to_the_completion_also_where_it_is_the_padding(ti
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=[end], pad_token_id=end)
     rows = torch.tensor([[0, 8, 9, end, end, end], [8, 8, 9, 9, 9, 9], [8, 8, end, end, end, end]])
-    monkeypatch.setattr(model, "generate", lambda **_: rows)
-    completions = sd.sample(model, tokenizer, [[8], [8, 8], [8, 8]], config())
+    monkeypatch.setattr(model, "generate", lambda *_, **__: rows)
+    completions = sd.sample(model, [[8], [8, 8], [8, 8]], config())
     assert completions == [[9, end], [9, 9, 9, 9], [end]]
 
 
@@ -142,7 +142,7 @@ def test_sampling_follows_the_distribution_that_is_scored(tiny, config):
     cfg = config(temperature=1.3, max_new_tokens=1, gen_batch=20_000)
     [prompt] = sd.build_prompts(tokenizer, [PROBLEM.problem], [None])
     torch.manual_seed(0)
-    drawn = torch.tensor(sd.sample(model, tokenizer, [prompt] * 20_000, cfg))[:, 0]
+    drawn = torch.tensor(sd.sample(model, [prompt] * 20_000, cfg))[:, 0]
     with torch.no_grad():
         p = sd.log_probs(model, sd.completion_states(model, [prompt], [[5]]), 1.3).exp()[0]
     seen = torch.bincount(drawn, minlength=len(p)) / 20_000
