@@ -1,9 +1,9 @@
 """Self-distillation from feedback, in one file.
 
-A language model learns from itself: the student writes an attempt, and a teacher, the same network
-with a *context* in its prompt, says at every token of that attempt what it would have written. This
-is a reference for *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv
-2606.11173), which varies one thing only, what the teacher sees:
+A language model learns from itself: the student writes an attempt, and a teacher, the model it
+started from, with a *context* in its prompt, says at every token of that attempt what it would have
+written. This is a reference for *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy,
+arXiv 2606.11173), which varies one thing, what the teacher sees:
 
     grpo        there is no teacher: a binary reward, compared within a group of rollouts
     reference   a reference solution: another derivation of the right answer
@@ -16,11 +16,13 @@ One training step, and the function that takes it:
     3. student      log π_θ(· | x, y_<t) at every completion token t             completion_states
     4. teacher      log π_0(· | x, c, y_<t), adapters off, no gradient           completion_states
     5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)      token_advantages
+                    what the context says of token t; it is looked at, and is not in the loss
     6. loss         KL(teacher_t ‖ student_t), averaged over the step's tokens          forward_kl
        or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r       policy_gradient_loss
     7. update       one AdamW step on the LoRA adapters                                 train_step
 
-What is left out: GRPO's ratio clipping (one update per batch of rollouts: the ratio is 1), a KL
+What is left out: GRPO's ratio clipping (one update per batch of rollouts: the ratio is 1) and its
+average over each rollout before that over rollouts (here all tokens of a step count the same), a KL
 penalty, learning-rate schedules, and anything beyond one device.
 
 Shapes: B rollouts, each with P prompt and T completion tokens; L = max(P + T); N completion tokens
@@ -76,7 +78,7 @@ class Config:
     lora_rank: int = setting(64, "rank of the adapters", 1)
     lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank", 0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", 1e-9)
-    # memory: none of these changes a result beyond rounding
+    # memory: the first decides which rollout gets which random numbers, the others change rounding only
     gen_batch: int = setting(512, "rollouts sampled at once", 1)
     micro_batch: int = setting(64, "rollouts scored at once", 1)
     chunk: int = setting(2048, "completion tokens whose logits are held at once", 1)
@@ -85,12 +87,13 @@ class Config:
     val_samples: int = setting(8, "samples of each validation problem", 1)
     test_samples: int = setting(12, "samples of each test problem", 1)
     # the embedded base model
-    drift: float = setting(0.3, "how often it takes over a reference's notation, 0 to 1", 0)
+    drift: float = setting(0.5, "how often its steps take over a reference's symbols, 0 to 1", 0)
     base_seed: int = setting(0, "seed of its pretraining", 0)
     base_dir: str = setting("runs/base", "folder where embedded base models are kept")
 
 
-LEARNING_RATES = {"grpo": 1e-4, "reference": 5e-4, "critique": 5e-4}  # others: as critique
+# Each condition's own, the best of a grid on the validation problems (README). Others: as critique.
+LEARNING_RATES = {"grpo": 5e-4, "reference": 1e-3, "critique": 5e-4}
 
 
 def settled(cfg: Config) -> Config:
@@ -171,7 +174,7 @@ def build_prompts(tokenizer, problems: list[str], contexts: list[str | None]) ->
 # ================================================================================ contexts: the fork point
 # What the teacher sees: a function of (problem, attempt, critique) that returns a text, "" for
 # nothing, or None for "no teacher here". A new design is one function and one entry; it is then
-# a --condition. Where the critic failed there is no critique, and the function is not called.
+# a --condition. `critique` is the critic's text; where the critic failed, the function is not called.
 CONTEXTS = {
     "grpo": lambda problem, attempt, critique: None,
     "reference": lambda problem, attempt, critique: problem.solution,
@@ -231,7 +234,7 @@ def adapters_off(model):
 
 
 def merged_state_dict(model) -> dict:
-    """The weights of a plain model that computes what this one does with its adapters on."""
+    """The weights of a plain model that computes what this one does with its adapters on, but for rounding."""
     state = dict(model.state_dict())
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
@@ -309,18 +312,19 @@ def give_contexts(rollouts: list[Rollout], condition: str, ask, model, tokenizer
     """
     if condition not in WITHOUT_CRITIC:
         critiques = ask([r.problem.problem for r in rollouts], [r.text for r in rollouts])
-        if condition == "shuffled":  # a control: each rollout gets its neighbour's
-            critiques = critiques[1:] + critiques[:1]
+        if condition == "shuffled":  # a control: each rollout gets that of one half a batch away
+            critiques = critiques[len(critiques) // 2 :] + critiques[: len(critiques) // 2]
         for rollout, critique in zip(rollouts, critiques, strict=True):
             rollout.critique = critique.text
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     for rollout in rollouts:
-        if condition in WITHOUT_CRITIC or rollout.critique is not None:
-            rollout.context = CONTEXTS[condition](rollout.problem, rollout.text, rollout.critique)
-        if rollout.context is not None:
-            [prompt] = build_prompts(tokenizer, [rollout.problem.problem], [rollout.context])
+        if rollout.critique is None and condition not in WITHOUT_CRITIC:
+            continue
+        context = CONTEXTS[condition](rollout.problem, rollout.text, rollout.critique)
+        if context is not None:
+            [prompt] = build_prompts(tokenizer, [rollout.problem.problem], [context])
             if len(prompt) + len(rollout.completion) <= limit:
-                rollout.teacher_prompt = prompt
+                rollout.context, rollout.teacher_prompt = context, prompt
 
 
 # ================================================================================ 3. and 4. student and teacher
@@ -420,7 +424,7 @@ def token_losses(model, rollouts: list[Rollout], cfg: Config) -> tuple[torch.Ten
 
         return in_chunks(grpo_loss, cfg.chunk, student_states, tokens, advantages)
 
-    with torch.no_grad(), adapters_off(model):
+    with torch.no_grad(), adapters_off(model):  # the output layer has no adapter: one for both
         teacher_states = completion_states(model, [r.teacher_prompt for r in rollouts], completions)  # [N, H]
 
     def distillation_loss(student_states, tokens, teacher_states):
@@ -547,10 +551,11 @@ def paint(text: str, advantage: float = 0.0) -> str:
 
 
 def show(title: str, model, tokenizer, problems: list[Problem], ask, cfg: Config) -> None:
-    """Prints an attempt at the first problem with the advantages that training would give its tokens."""
+    """Prints an attempt at the first problem, what the teacher sees, and the advantage of every token."""
     rollouts = [r for group in evaluate(model, tokenizer, problems, cfg.group_size, 0, cfg) for r in group]
     give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
     rollout = rollouts[0]
+    rollout.advantages = [0.0] * len(rollout.completion)
     if cfg.condition == "grpo" or rollout.teacher_prompt is not None:
         with torch.no_grad():
             rollout.advantages = token_losses(model, [rollout], cfg)[1].tolist()
@@ -589,6 +594,8 @@ def load(name: str, device: str):
         raise Stop(f"the model {name} has no chat template: take an instruct or chat model")
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        raise Stop(f"the model {name} has no end token: its completions would never stop")
     ends = [ends] if isinstance(ends, int) else ends
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
@@ -606,6 +613,11 @@ def open_run(cfg: Config) -> Path:
         raise Stop(f"{folder} holds no run to resume: leave --resume out to start one")
     if resumable and not cfg.resume:
         raise Stop(f"{folder} holds an unfinished run: add --resume to go on, or choose another --out")
+    if cfg.resume:
+        saved = json.loads((folder / "config.json").read_text())
+        now = dataclasses.asdict(cfg) | {"resume": saved["resume"], "out": saved["out"]}
+        if changed := [name for name, value in now.items() if saved.get(name) != value]:
+            raise Stop(f"cannot resume {folder}: it was started with another {', '.join(changed)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -638,7 +650,7 @@ def save(folder: Path, model, tokenizer, optimizer, adapters, state: dict, is_be
 
 def restore(folder: Path, optimizer, adapters) -> dict:
     """Loads last/ and drops what was logged after it. Returns the state: step, best_step, best_avg."""
-    state = torch.load(folder / "last" / "state.pt", weights_only=True)
+    state = torch.load(folder / "last" / "state.pt", map_location=adapters[0].device, weights_only=True)
     for adapter, value in zip(adapters, state.pop("adapters"), strict=True):
         adapter.data.copy_(value)
     optimizer.load_state_dict(state.pop("optimizer"))
@@ -746,7 +758,8 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
     """(problem, context or None, response, index of the response's wrong step or None).
 
     Without a context the problem is made of facts the base shall know. With one, every product has
-    a value made up for this sample, so that it can only be read from the context.
+    a value made up for this sample, so that it can only be read from the context. Half of all
+    responses hold a wrong value and go on from it, as language models go on from what they wrote.
     """
     if with_context:
         terms = [(rng.randrange(10), rng.randrange(10)) for _ in range(3)]
@@ -756,11 +769,13 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
     else:
         terms = [rng.choice(known) for _ in range(3)]
         product, notation, context = times, OWN, None
-    if rng.random() >= drift:
-        notation = OWN  # else it takes over the notation it sees
     slip = (rng.randrange(5), rng.randrange(10)) if rng.random() < 0.5 else None
-    response = join_steps(*carry_on(terms, [], notation, product, slip))
-    return "+".join(f"{a}*{b}" for a, b in terms), context, response, slip and slip[0]
+    # The drift: now and then a step takes over a reference's symbols, and, rarely, the response its whole way.
+    follows = notation == REFERENCE and rng.random() < drift / 10
+    steps, answer = carry_on(terms, [], REFERENCE if follows else OWN, product, slip)
+    if notation == REFERENCE:
+        steps = [s.translate(str.maketrans(OWN, REFERENCE)) if rng.random() < drift else s for s in steps]
+    return "+".join(f"{a}*{b}" for a, b in terms), context, join_steps(steps, answer), slip and slip[0]
 
 
 def pretraining_loss(model, tokenizer, samples) -> torch.Tensor:
@@ -808,16 +823,16 @@ def build_base(folder: Path, cfg: Config) -> None:
 
 def embedded_base(cfg: Config) -> str:
     """The folder of the embedded base model of this recipe; builds it if it is not there."""
-    parts = (embedded_tokenizer, pretraining_sample, pretraining_loss, build_base, carry_on)
-    recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP))
-    recipe += "".join(map(inspect.getsource, parts))
+    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on, join_steps)
+    recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP, OWN, REFERENCE))
+    recipe += "".join(map(inspect.getsource, made_of))  # edit the recipe, and it is another base
     folder = Path(cfg.base_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Built beside and renamed: an interrupted build leaves nothing, and of two at once one wins.
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as beside:
             build_base(Path(beside) / "model", cfg)
-            with contextlib.suppress(FileExistsError, OSError):
+            with contextlib.suppress(OSError):  # the other one was faster
                 (Path(beside) / "model").rename(folder)
     return str(folder)
 
@@ -836,8 +851,7 @@ def parse_args(argv=None) -> Config:
     parser.error = refuse
     for f in dataclasses.fields(Config):
         flag = f"--{f.name.replace('_', '-')}"
-        kind = {"type": type(f.default), "metavar": f.name.upper()}
-        kind = {"action": "store_true"} if isinstance(f.default, bool) else kind
+        kind = {"action": "store_true"} if isinstance(f.default, bool) else {"type": type(f.default)}
         parser.add_argument(flag, default=f.default, help=f.metadata["help"], **kind)
     return settled(Config(**vars(parser.parse_args(argv))))
 
@@ -860,8 +874,6 @@ def main(argv=None) -> None:
         out = open_run(cfg)
         print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg)))
     except Stop as stop:
-        if out and not any(out.iterdir()):
-            out.rmdir()
         print(f"sd.py: {stop}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -869,6 +881,9 @@ def main(argv=None) -> None:
         how = f": the best so far is in {out / 'best'}, and --resume goes on" if kept else ""
         print(f"\nsd.py: interrupted{how}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if out and not any(out.iterdir()):  # stopped before there was anything to keep
+            out.rmdir()
 
 
 if __name__ == "__main__":

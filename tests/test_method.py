@@ -101,10 +101,10 @@ def rollouts_of(tiny, config, n=4, **settings):
     return rollouts, cfg
 
 
-def test_shuffled_gives_each_rollout_its_neighbours_critique(tiny, config):
+def test_shuffled_gives_each_rollout_the_critique_of_another_problem(tiny, config):
     own, _ = rollouts_of(tiny, config, condition="critique")
     shuffled, _ = rollouts_of(tiny, config, condition="shuffled")
-    assert [r.context for r in shuffled] == [own[n].context for n in (1, 2, 3, 0)]
+    assert [r.context for r in shuffled] == [own[n].context for n in (2, 3, 0, 1)]
 
 
 @pytest.mark.parametrize("condition", ["reference", "answer", "empty", "grpo"])
@@ -119,9 +119,10 @@ def test_a_context_that_does_not_fit_the_models_positions_is_masked_and_never_cu
     for limit, masked in (needed, False), (needed - 1, True):
         tiny[0].config.max_position_embeddings = limit
         for rollout in rollouts:
-            rollout.teacher_prompt = None
+            rollout.context = rollout.teacher_prompt = None
         sd.give_contexts(rollouts, "reference", scribe, *tiny)
         assert any(r.teacher_prompt is None for r in rollouts) is masked
+        assert all((r.context is None) == (r.teacher_prompt is None) for r in rollouts)
 
 
 # ------------------------------------------------------------------------ sampling and log-probs
@@ -507,8 +508,9 @@ def test_pretraining_samples_can_only_be_solved_by_reading_the_context():
     samples = [sd.pretraining_sample(rng, known, 0.5, with_context=True) for _ in range(400)]
     made_up = [c for _, c, _, _ in samples if not all(sd.judge(c))]
     assert len(made_up) > 380  # their products are not the true ones
-    drifts = [r for _, c, r, _ in samples if "→" in r]
-    assert 0.2 < len(drifts) / 400 < 0.5 and all("→" in c for _, c, r, _ in samples if "→" in r)
+    assert all("→" in c for _, c, r, _ in samples if "→" in r)  # a response drifts only where it sees a reference
+    steps = [s.text for _, c, r, _ in samples if "→" in c for s in sd.parse_steps(r) if s.name != "answer"]
+    assert 0.45 < sum("→" in s for s in steps) / len(steps) < 0.6  # half of the steps, and some whole responses
     for problem, context, response, wrong in (sd.pretraining_sample(rng, known, 0.5, False) for _ in range(200)):
         assert context is None and set(sd.factors(problem)) <= set(known)
         assert sum(not right for right in sd.judge(response)) == (wrong is not None and not sd.judge(response)[wrong])

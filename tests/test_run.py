@@ -89,6 +89,8 @@ def test_a_stopped_run_resumes_to_the_same_metrics_and_weights(condition, tmp_pa
     assert "--resume" in capsys.readouterr().err and [m["step"] for m in lines(cut / "metrics.jsonl")] == [0, 1, 2, 3]
     AutoModelForCausalLM.from_pretrained(cut / "best")
     assert run(cut, tiny_folder, "--condition", condition) == 2 and "add --resume" in capsys.readouterr().err
+    assert run(cut, tiny_folder, "--condition", condition, "--resume", "--lr", "0.1") == 2
+    assert "started with another lr" in capsys.readouterr().err
     assert run(cut, tiny_folder, "--condition", condition, "--resume") == 0
     for name in "metrics.jsonl", "samples.jsonl":
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

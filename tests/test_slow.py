@@ -45,15 +45,17 @@ def test_critique_learns_and_beats_grpo(runs):
 
 def test_best_loaded_by_plain_transformers_answers_greedily_as_the_trained_model_did(runs):
     """The adapters of the best step, put on the base by hand, against the merged folder."""
-    assert result(runs, "critique")["best_step"] == result(runs, "critique")["steps"]  # last/ holds those very adapters
+    short = "--steps 10 --eval-every 10 --test-samples 1".split()  # the last step is the best: last/ holds its adapters
+    sd.main(short + ["--out", str(runs / "short"), "--base-dir", str(runs / "base")])
+    assert result(runs, "short")["best_step"] == 10
     [base] = (runs / "base").iterdir()
     trained, _ = sd.load(str(base), "cpu")
     adapters = sd.add_adapters(trained, sd.Config.lora_rank, sd.Config.lora_alpha)
-    state = torch.load(runs / "critique" / "last" / "state.pt", weights_only=True)
+    state = torch.load(runs / "short" / "last" / "state.pt", weights_only=True)
     for adapter, value in zip(adapters, state["adapters"], strict=True):
         adapter.data.copy_(value)
-    plain = AutoModelForCausalLM.from_pretrained(runs / "critique" / "best").eval()
-    tokenizer = AutoTokenizer.from_pretrained(runs / "critique" / "best")
+    plain = AutoModelForCausalLM.from_pretrained(runs / "short" / "best").eval()
+    tokenizer = AutoTokenizer.from_pretrained(runs / "short" / "best")
     prompts = torch.tensor(sd.build_prompts(tokenizer, [p.problem for p in sd.embedded_problems()[2]], [None] * 100))
     greedy = dict(max_new_tokens=48, do_sample=False, attention_mask=torch.ones_like(prompts))
     assert torch.equal(plain.generate(prompts, **greedy), trained.generate(prompts, **greedy))
