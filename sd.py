@@ -87,7 +87,7 @@ class Config:
     val_samples: int = setting(8, "samples of each validation problem", 1)
     test_samples: int = setting(12, "samples of each test problem", 1)
     # the embedded base model
-    drift: float = setting(0.5, "how often its steps take over a reference's symbols, 0 to 1", 0)
+    drift: float = setting(0.3, "how often it takes over a reference's notation, 0 to 1", 0)
     base_seed: int = setting(0, "seed of its pretraining", 0)
     base_dir: str = setting("runs/base", "folder where embedded base models are kept")
 
@@ -335,17 +335,15 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     States and not logits, since N × V logits do not fit in memory for a real vocabulary.
     """
     length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, L], padded on the right
-    mask = torch.zeros_like(ids)  # [B, L]
+    # Padded on the right, where no token looks: attention is causal, and needs no mask.
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, L]
     predicts = torch.zeros_like(ids, dtype=torch.bool)  # [B, L]: is the next token the completion's?
     for row, (prompt, completion) in enumerate(zip(prompts, completions)):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
-        mask[row, :end] = 1
         predicts[row, len(prompt) - 1 : end - 1] = True
-    ids, mask, predicts = (tensor.to(model.device) for tensor in (ids, mask, predicts))
-    output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state[predicts]  # [B, L, H] -> [N, H]
+    states = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # [B, L, H]
+    return states[predicts.to(model.device)]  # [B, L, H] -> [N, H]
 
 
 def log_probs(model, states: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -636,8 +634,7 @@ def start(folder: Path, cfg: Config) -> None:
 
 
 def save(folder: Path, model, tokenizer, optimizer, adapters, state: dict, is_best: bool) -> None:
-    """best/ is an ordinary model folder; last/ is what `restore` needs. Random states are not among it,
-    since every step has a seed of its own."""
+    """Writes last/, and best/ too if this is it. Each step has a seed of its own: no random state is kept."""
     if is_best:
         with replacing(folder / "best") as new:
             model.save_pretrained(new, state_dict=merged_state_dict(model))
@@ -713,16 +710,16 @@ def train(cfg: Config, folder: Path, model_name: str) -> dict:
     trained_in = time.time() - began
 
     show("after training", model, tokenizer, val_set[:2], ask, cfg)
-    with adapters_off(model):
-        base = summarise(evaluate(model, tokenizer, test_set, cfg.test_samples, 2, cfg))
     best, _ = load(str(folder / "best"), cfg.device)
-    test = summarise(evaluate(best, tokenizer, test_set, cfg.test_samples, 2, cfg))
+    tests = {}
+    with adapters_off(model):
+        for name, tested in ("base", model), ("test", best):
+            tests[name] = summarise(evaluate(tested, tokenizer, test_set, cfg.test_samples, 2, cfg))
     result = {"condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": state["best_step"]}
-    result |= {"base": base, "test": test, "k": cfg.test_samples, "best_val_avg": state["best_avg"]}
-    result |= {"train_seconds": trained_in, "seconds": time.time() - began}
+    result |= tests | {"k": cfg.test_samples, "best_val_avg": state["best_avg"], "train_seconds": trained_in}
     with replacing(folder / "result.json") as new:
-        new.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+        new.write_text(json.dumps(result | {"seconds": time.time() - began}, indent=2) + "\n")
+    return json.loads((folder / "result.json").read_text())
 
 
 # ================================================================================ the embedded base model
@@ -769,13 +766,11 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
     else:
         terms = [rng.choice(known) for _ in range(3)]
         product, notation, context = times, OWN, None
+    if rng.random() >= drift:
+        notation = OWN  # else it takes over the way and the symbols it sees
     slip = (rng.randrange(5), rng.randrange(10)) if rng.random() < 0.5 else None
-    # The drift: now and then a step takes over a reference's symbols, and, rarely, the response its whole way.
-    follows = notation == REFERENCE and rng.random() < drift / 10
-    steps, answer = carry_on(terms, [], REFERENCE if follows else OWN, product, slip)
-    if notation == REFERENCE:
-        steps = [s.translate(str.maketrans(OWN, REFERENCE)) if rng.random() < drift else s for s in steps]
-    return "+".join(f"{a}*{b}" for a, b in terms), context, join_steps(steps, answer), slip and slip[0]
+    response = join_steps(*carry_on(terms, [], notation, product, slip))
+    return "+".join(f"{a}*{b}" for a, b in terms), context, response, slip and slip[0]
 
 
 def pretraining_loss(model, tokenizer, samples) -> torch.Tensor:
@@ -823,7 +818,7 @@ def build_base(folder: Path, cfg: Config) -> None:
 
 def embedded_base(cfg: Config) -> str:
     """The folder of the embedded base model of this recipe; builds it if it is not there."""
-    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on, join_steps)
+    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on)
     recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP, OWN, REFERENCE))
     recipe += "".join(map(inspect.getsource, made_of))  # edit the recipe, and it is another base
     folder = Path(cfg.base_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]

@@ -508,9 +508,9 @@ def test_pretraining_samples_can_only_be_solved_by_reading_the_context():
     samples = [sd.pretraining_sample(rng, known, 0.5, with_context=True) for _ in range(400)]
     made_up = [c for _, c, _, _ in samples if not all(sd.judge(c))]
     assert len(made_up) > 380  # their products are not the true ones
-    assert all("→" in c for _, c, r, _ in samples if "→" in r)  # a response drifts only where it sees a reference
-    steps = [s.text for _, c, r, _ in samples if "→" in c for s in sd.parse_steps(r) if s.name != "answer"]
-    assert 0.45 < sum("→" in s for s in steps) / len(steps) < 0.6  # half of the steps, and some whole responses
+    shown = [(c, r) for _, c, r, _ in samples if "→" in c]
+    assert 0.4 < sum("→" in r for _, r in shown) / len(shown) < 0.6  # half of those shown a reference drift
+    assert all("→" in c for _, c, r, _ in samples if "→" in r)  # and nobody else
     for problem, context, response, wrong in (sd.pretraining_sample(rng, known, 0.5, False) for _ in range(200)):
         assert context is None and set(sd.factors(problem)) <= set(known)
         assert sum(not right for right in sd.judge(response)) == (wrong is not None and not sd.judge(response)[wrong])
