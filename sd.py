@@ -364,7 +364,7 @@ def in_chunks(function, size: int, *tensors: torch.Tensor):
 
 # ================================================================================ 5. advantages
 def token_advantages(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """A_t = log π(y_t | x, c, y_<t) − log π(y_t | x, y_<t), from [N, V] log-probs and [N] tokens: [N], in nats.
+    """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [N, V], [N, V], [N] -> [N], in nats.
 
     Positive: the context says keep this token; negative: change it. This is exactly the coefficient
     of ∇ log π(y_t) in the sampled-token policy gradient of −KL(student ‖ teacher).
@@ -521,7 +521,8 @@ def advantage_by_step(tokenizer, rollout: Rollout) -> list[tuple]:
     """(step, [(token's text, A_t), …]) for each step and the answer, tags included, in their order."""
     ids = rollout.completion  # a token's text is what it adds: a character may take several tokens
     texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    tokens = [(len(text), after[len(text) :], a) for text, after, a in zip(texts, texts[1:], rollout.advantages)]
+    starts = [len(text) for text in texts]
+    tokens = list(zip(starts, [text[start:] for start, text in zip(starts, texts[1:])], rollout.advantages))
     return [(s, [(t, a) for at, t, a in tokens if s.start <= at < s.end]) for s in parse_steps(rollout.text)]
 
 
@@ -734,7 +735,8 @@ def embedded_tokenizer():
     """One token for a tag, a digit, a symbol, a word, and for each of the two prompt texts as a whole."""
     words = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>", SOLVE, HELP, "<answer>", "</answer>"]
     words += [f"<{slash}step_{n}>" for n in range(1, 10) for slash in ("", "/")]
-    words += list("0123456789" + OWN + REFERENCE)
+    words += list("0123456789.:" + OWN + REFERENCE)
+    words += ["Every", "Step", "step", "is", "correct", "wrong", "Correct"]  # for contexts of your own
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     no_spaces = pre_tokenizers.Split(Regex(r"\s+"), "removed")
     pieces = pre_tokenizers.Split(Regex(r"</?\w+>|[0-9]|[A-Za-z]+|."), "isolated")
@@ -819,6 +821,7 @@ def build_base(folder: Path, cfg: Config) -> None:
 def embedded_base(cfg: Config) -> str:
     """The folder of the embedded base model of this recipe; builds it if it is not there."""
     made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on)
+    made_of += (completion_states, log_probs)
     recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP, OWN, REFERENCE))
     recipe += "".join(map(inspect.getsource, made_of))  # edit the recipe, and it is another base
     folder = Path(cfg.base_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
