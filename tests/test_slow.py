@@ -36,7 +36,9 @@ def test_the_base_is_in_the_papers_band_and_can_read_a_worked_solution(runs):
         prompts = sd.build_prompts(tokenizer, [p.problem for p in problems], contexts)
         torch.manual_seed(0)
         texts = tokenizer.batch_decode(sd.sample(model, prompts, cfg), skip_special_tokens=True)
-        assert sum(sd.is_correct(t, p.answer) for t, p in zip(texts, problems)) >= 0.9 * len(problems)
+        right = sum(sd.is_correct(t, p.answer) for t, p in zip(texts, problems)) / len(problems)
+        print(f"right with a worked solution in the notation {notation}: {right:.1%}")  # pytest -m slow -s
+        assert right >= 0.9
 
 
 def test_critique_learns_and_beats_grpo(runs):
