@@ -19,6 +19,7 @@ truth is known by redoing the arithmetic.
 
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 
 # ------------------------------------------------------------------------ step-tagged text
 # Tags are found in one pass and paired by hand. A pattern such as `<step_(\d+)>(.*?)</step_\1>`
@@ -46,6 +47,14 @@ def parse_steps(attempt: str) -> list[Step]:
             steps.append(Step(name, attempt[opening.end() : tag.start()], opening.start(), tag.end()))
         opening = None if closes else tag
     return steps
+
+
+def first_difference(attempt: str, critique: str) -> Step | None:
+    """The attempt's first step (or answer) that the critique does not have, word for word, in the same place."""
+    for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
+        if ours is None or theirs is None or (ours.name, ours.text.split()) != (theirs.name, theirs.text.split()):
+            return ours  # None if the attempt ends before the critique does
+    return None
 
 
 def join_steps(steps: list[str], answer) -> str:
@@ -91,6 +100,11 @@ def carry_on(products, values, notation, product=times, slip=None):
     return steps, values[0]
 
 
+def spell(step: str, notation: str) -> str:
+    """The same step in the symbols of a notation."""
+    return step.translate(str.maketrans(OWN + REFERENCE, notation + notation))
+
+
 def factors(problem: str) -> list[tuple[int, int]]:
     """`3*7+8*4` as [(3, 7), (8, 4)]. Raises ValueError if the text is no such problem."""
     if not PROBLEM.fullmatch(problem):
@@ -124,13 +138,14 @@ def corrected_walk(problem: str, attempt: str) -> str:
     """What the faithful scribe writes (see the four cases above).
 
     Copies steps while each takes a product or a sum that is still open, and takes it right; then
-    carries on in the attempt's own notation from there. An attempt without one such step, or none
-    that can be read, gets a fresh solution in the solver's own notation.
+    carries on from there, in the attempt's own order and in the symbols its steps have at the same
+    places. An attempt that cannot be read gets a fresh solution in the solver's own notation.
     """
-    products, values, copied = factors(problem), [], []
-    notation = OWN
-    for step in parse_steps(attempt):
-        parts = CALCULATION.fullmatch(step.text)
+    terms = factors(problem)
+    products, values, copied = list(terms), [], []
+    texts = [step.text for step in parse_steps(attempt)]
+    parsed = [CALCULATION.fullmatch(text) for text in texts]
+    for text, parts in zip(texts, parsed):
         if parts is None or _result(parts) != int(parts[5]):
             break
         a, symbol, b = int(parts[1]), parts[2], int(parts[3])
@@ -141,11 +156,14 @@ def corrected_walk(problem: str, attempt: str) -> str:
             values.insert(0, int(parts[5]))
         else:
             break
-        copied.append(step.text)
-    first = next((CALCULATION.fullmatch(s.text) for s in parse_steps(attempt)), None)
-    if first and first[4] == "→":
-        notation = REFERENCE
-    rest, answer = carry_on(products, values, notation)
+        copied.append(text)
+    written = [REFERENCE if "→" in text else OWN for text, parts in zip(texts, parsed) if parts]
+    first = next(filter(None, parsed), None)
+    from_the_right = first and (int(first[1]), int(first[3])) == terms[-1] != terms[0]
+    rest, answer = carry_on(products, values, REFERENCE if from_the_right else OWN)
+    for n, step in enumerate(rest):
+        at = min(len(copied) + n, len(written) - 1)  # beyond the attempt's end: as its last step
+        rest[n] = spell(step, written[at] if written else OWN)
     return join_steps(copied + rest, answer)
 
 

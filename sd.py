@@ -271,13 +271,13 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model, prompts: list[list[int]], cfg: Config) -> list[list[int]]:
-    """One completion for each prompt, as token ids, up to and including the first end token.
+def sample(model, prompts: list[list[int]], cfg: Config, title="") -> list[list[int]]:
+    """One completion for each prompt, as token ids, up to and including the first end token. A title shows a bar.
 
     Samples from the distribution that is scored later: temperature only, no top-k, no top-p.
     """
     completions, settings = [], model.generation_config
-    for start in range(0, len(prompts), cfg.gen_batch):
+    for start in tqdm(range(0, len(prompts), cfg.gen_batch), title, disable=not title, leave=False):
         batch = prompts[start : start + cfg.gen_batch]
         width = max(map(len, batch))
         ids = [[settings.pad_token_id] * (width - len(p)) + p for p in batch]
@@ -292,11 +292,11 @@ def sample(model, prompts: list[list[int]], cfg: Config) -> list[list[int]]:
     return completions
 
 
-def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, cfg: Config) -> list[Rollout]:
+def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, cfg: Config, title="") -> list[Rollout]:
     """group_size graded rollouts of each problem, the first problem's first."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = build_prompts(tokenizer, [p.problem for p in problems], [None] * len(problems))
-    completions = sample(model, prompts, cfg)
+    completions = sample(model, prompts, cfg, title)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     rewards = [float(is_correct(text, p.answer)) for text, p in zip(texts, problems, strict=True)]
     advantages = group_advantages(torch.tensor(rewards).view(-1, group_size)).flatten().tolist()
@@ -491,6 +491,9 @@ def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: flo
 
 
 # ================================================================================ evaluation
+TEST_SEED = 2  # eval.py's default too: it prints what sd.py printed
+
+
 def summarise(groups: list[list[Rollout]]) -> dict:
     """Avg@k, Pass@k and Maj@k in percent and the mean completion length in tokens, of k rollouts a problem.
 
@@ -509,20 +512,31 @@ def summarise(groups: list[list[Rollout]]) -> dict:
     return {name: totals[name] / len(groups) for name in ("avg", "pass", "maj", "length")}
 
 
-def evaluate(model, tokenizer, problems: list[Problem], k: int, seed: int, cfg: Config) -> list[list[Rollout]]:
+def evaluate(model, tokenizer, problems: list[Problem], k: int, seed: int, cfg: Config, title="") -> list[list[Rollout]]:
     """k rollouts of each problem: [problems][k]. The same seed draws the same random numbers."""
     torch.manual_seed(seed)
-    rollouts = sample_rollouts(model, tokenizer, problems, k, cfg)
+    rollouts = sample_rollouts(model, tokenizer, problems, k, cfg, title)
     return [rollouts[i : i + k] for i in range(0, len(rollouts), k)]
 
 
 # ================================================================================ what a reader sees
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text: "" for one that only begins a character, and for special tokens."""
+    texts, before, start = [], 0, 0
+    for end in range(1, len(ids) + 1):  # decoded behind the tokens before it: some lose their space at a start
+        known, text = tokenizer.batch_decode([ids[before:start], ids[before:end]], skip_special_tokens=True)
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(text[len(known) :])
+            before, start = start, end
+    return texts
+
+
 def advantage_by_step(tokenizer, rollout: Rollout) -> list[tuple]:
     """(step, [(token's text, A_t), …]) for each step and the answer, tags included, in their order."""
-    ids = rollout.completion  # a token's text is what it adds: a character may take several tokens
-    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    starts = [len(text) for text in texts]
-    tokens = list(zip(starts, [text[start:] for start, text in zip(starts, texts[1:])], rollout.advantages))
+    texts = token_texts(tokenizer, rollout.completion)
+    tokens = list(zip(itertools.accumulate(map(len, texts), initial=0), texts, rollout.advantages))
     return [(s, [(t, a) for at, t, a in tokens if s.start <= at < s.end]) for s in parse_steps(rollout.text)]
 
 
@@ -625,11 +639,12 @@ def open_run(cfg: Config) -> Path:
     return folder
 
 
-def start(folder: Path, cfg: Config) -> None:
+def start(folder: Path, cfg: Config, model_name: str) -> None:
     """Writes config.json and empties the logs."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
     with replacing(folder / "config.json") as new:
-        new.write_text(json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=2) + "\n")
+        settings = dataclasses.asdict(cfg) | {"base_model": model_name, "versions": versions}
+        new.write_text(json.dumps(settings, indent=2) + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
         (folder / name).write_text("")
 
@@ -674,7 +689,7 @@ def train(cfg: Config, folder: Path, model_name: str) -> dict:
     if cfg.resume:
         state = restore(folder, optimizer, adapters)
     else:
-        start(folder, cfg)
+        start(folder, cfg, model_name)
         state = {"step": -1, "best_step": 0, "best_avg": -1.0}
         show("before training", model, tokenizer, val_set[:2], ask, cfg)
 
@@ -715,7 +730,7 @@ def train(cfg: Config, folder: Path, model_name: str) -> dict:
     tests = {}
     with adapters_off(model):
         for name, tested in ("base", model), ("test", best):
-            tests[name] = summarise(evaluate(tested, tokenizer, test_set, cfg.test_samples, 2, cfg))
+            tests[name] = summarise(evaluate(tested, tokenizer, test_set, cfg.test_samples, TEST_SEED, cfg, f"testing, {name}"))
     result = {"condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": state["best_step"]}
     result |= tests | {"k": cfg.test_samples, "best_val_avg": state["best_avg"], "train_seconds": trained_in}
     with replacing(folder / "result.json") as new:
