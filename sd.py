@@ -45,7 +45,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from critic import OWN, REFERENCE, carry_on, factors, join_steps, judge, parse_steps, scribe, times
+from critic import OWN, REFERENCE, carry_on, factors, join_steps, judge, parse_steps, scribe, spell, times
 
 
 class Stop(Exception):
@@ -87,7 +87,7 @@ class Config:
     val_samples: int = setting(8, "samples of each validation problem", 1)
     test_samples: int = setting(12, "samples of each test problem", 1)
     # the embedded base model
-    drift: float = setting(0.3, "how often it takes over a reference's notation, 0 to 1", 0)
+    drift: float = setting(0.5, "how often a step takes over a reference's symbols, 0 to 1", 0)
     base_seed: int = setting(0, "seed of its pretraining", 0)
     base_dir: str = setting("runs/base", "folder where embedded base models are kept")
 
@@ -772,21 +772,30 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
     """(problem, context or None, response, index of the response's wrong step or None).
 
     Without a context the problem is made of facts the base shall know. With one, every product has
-    a value made up for this sample, so that it can only be read from the context. Half of all
-    responses hold a wrong value and go on from it, as language models go on from what they wrote.
+    a value made up for this sample, so that it can only be read from the context. The response goes
+    its own way, whichever way the context goes, but its symbols slip: one step in ten has the
+    reference's; shown a reference, a share `drift` of the steps has them; and where the context is a
+    walk in its own way, the symbols are copied. Half of all responses hold a wrong value and go on
+    from it, as language models go on from what they wrote.
     """
+    def symbols(rate):
+        return [REFERENCE if rng.random() < rate else OWN for _ in range(5)]
+
+    terms = [rng.choice(known) for _ in range(3)]
+    product, context, spelling = times, None, symbols(0.1)
     if with_context:
         terms = [(rng.randrange(10), rng.randrange(10)) for _ in range(3)]
         made_up = {term: rng.randrange(10) for term in terms}
-        product, notation = (lambda a, b: made_up[a, b]), rng.choice([OWN, REFERENCE, REFERENCE])
-        context = join_steps(*carry_on(terms, [], notation, product))
-    else:
-        terms = [rng.choice(known) for _ in range(3)]
-        product, notation, context = times, OWN, None
-    if rng.random() >= drift:
-        notation = OWN  # else it takes over the way and the symbols it sees
+        product, way = (lambda a, b: made_up[a, b]), rng.choice([OWN, REFERENCE, REFERENCE])
+        steps, answer = carry_on(terms, [], way, product)
+        if way == OWN:
+            steps = list(map(spell, steps, spelling))
+        else:
+            spelling = symbols(drift)
+        context = join_steps(steps, answer)
     slip = (rng.randrange(5), rng.randrange(10)) if rng.random() < 0.5 else None
-    response = join_steps(*carry_on(terms, [], notation, product, slip))
+    steps, answer = carry_on(terms, [], OWN, product, slip)
+    response = join_steps(list(map(spell, steps, spelling)), answer)
     return "+".join(f"{a}*{b}" for a, b in terms), context, response, slip and slip[0]
 
 
@@ -835,7 +844,7 @@ def build_base(folder: Path, cfg: Config) -> None:
 
 def embedded_base(cfg: Config) -> str:
     """The folder of the embedded base model of this recipe; builds it if it is not there."""
-    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on)
+    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on, spell)
     made_of += (completion_states, log_probs)
     recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP, OWN, REFERENCE))
     recipe += "".join(map(inspect.getsource, made_of))  # edit the recipe, and it is another base
