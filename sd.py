@@ -67,6 +67,9 @@ class Config:
     resume: bool = setting(False, "go on from the folder's last checkpoint")
     model: str = setting("", "solver, a folder or hub id; empty: the embedded base model")
     device: str = setting("", "where to run; empty: cuda if there is one, else cpu")
+    data: str = setting("", "training problems, JSON lines of problem, solution, answer; empty: the embedded task")
+    val_data: str = setting("", "validation problems; empty: a tenth of --data, 50 at most")
+    test_data: str = setting("", "test problems; empty: a fifth of --data, 100 at most")
     # the method
     steps: int = setting(70, "training steps", 1)
     problems_per_step: int = setting(32, "problems in a training step", 1)
@@ -140,6 +143,50 @@ def embedded_problems() -> tuple[list[Problem], list[Problem], list[Problem]]:
         steps, answer = carry_on(factors(problem), [], REFERENCE)
         problems.append(Problem(problem, join_steps(steps, answer), str(answer)))
     return problems[:282], problems[282:332], problems[432:]  # 332 to 431 were used up: the base was chosen on them
+
+
+def read_problems(path: str) -> list[Problem]:
+    """The problems of a JSONL file, one object a line. Raises Stop with file and line where one is not right."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Stop(f"cannot read {path}: {error}") from None
+    problems, names = {}, [f.name for f in dataclasses.fields(Problem)]
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise Stop(f"{path}, line {number}: not JSON; expected an object with {', '.join(names)}") from None
+        for name in names:
+            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
+                raise Stop(f'{path}, line {number}: expected an object with a text, not empty, as "{name}"')
+        if row["problem"] in problems:
+            raise Stop(f"{path}, line {number}: this problem is there already: remove one of the two")
+        problems[row["problem"]] = Problem(*(row[name] for name in names))
+    if not problems:
+        raise Stop(f"{path}: there is no problem in it")
+    return list(problems.values())
+
+
+def problem_sets(cfg: Config) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """Train, validation and test problems, disjoint. Raises Stop if a file is bad, too small, or shares a problem."""
+    if not cfg.data:
+        if cfg.val_data or cfg.test_data:
+            raise Stop("--val-data and --test-data need --data")
+        return embedded_problems()
+    train = random.Random(0).sample(everything := read_problems(cfg.data), len(everything))
+    rest = []
+    for name, path, share in ("test", cfg.test_data, min(len(train) // 5, 100)), ("val", cfg.val_data, min(len(train) // 10, 50)):
+        rest.append(read_problems(path) if path else train[:share])
+        train = train if path else train[share:]
+        if not rest[-1]:
+            raise Stop(f"{cfg.data}: {len(everything)} problems are too few to split: 10 are needed, or --{name}-data")
+    texts = Counter(p.problem for problems in (train, *rest) for p in problems)
+    if shared := [text for text, n in texts.items() if n > 1]:
+        raise Stop(f"training, validation and test problems must differ; twice there: {shared[0][:60]!r}")
+    return train, rest[1], rest[0]
 
 
 def extract_answer(completion: str) -> str | None:
@@ -678,10 +725,10 @@ def restore(folder: Path, optimizer, adapters) -> dict:
 
 
 # ================================================================================ training
-def train(cfg: Config, folder: Path, model_name: str) -> dict:
+def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
     """Trains adapters on the model, keeps the best of them on validation; returns result.json's content."""
     began, ask = time.time(), scribe
-    train_set, val_set, test_set = embedded_problems()
+    train_set, val_set, test_set = problems
     model, tokenizer = load(model_name, cfg.device)
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
@@ -704,8 +751,8 @@ def train(cfg: Config, folder: Path, model_name: str) -> dict:
         line, rollouts = {"step": step}, []
         if step > 0:
             torch.manual_seed(1_000_003 * cfg.seed + step)
-            problems = order[(step - 1) * cfg.problems_per_step : step * cfg.problems_per_step]
-            rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
+            batch = order[(step - 1) * cfg.problems_per_step : step * cfg.problems_per_step]
+            rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
             line |= metrics
             if metrics["masked"] == 1:
                 tqdm.write(f"step {step}: no rollout has a teacher, so no weight was changed")
@@ -893,8 +940,9 @@ def main(argv=None) -> None:
     try:
         cfg = parse_args(argv)
         print(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items() if value != ""))
+        problems = problem_sets(cfg)
         out = open_run(cfg)
-        print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg)))
+        print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg), problems))
     except Stop as stop:
         print(f"sd.py: {stop}", file=sys.stderr)
         sys.exit(2)
