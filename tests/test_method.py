@@ -508,9 +508,14 @@ def test_pretraining_samples_can_only_be_solved_by_reading_the_context():
     samples = [sd.pretraining_sample(rng, known, 0.5, with_context=True) for _ in range(400)]
     made_up = [c for _, c, _, _ in samples if not all(sd.judge(c))]
     assert len(made_up) > 380  # their products are not the true ones
-    shown = [(c, r) for _, c, r, _ in samples if "→" in c]
-    assert 0.4 < sum("→" in r for _, r in shown) / len(shown) < 0.6  # half of those shown a reference drift
-    assert all("→" in c for _, c, r, _ in samples if "→" in r)  # and nobody else
+    steps = {True: [], False: []}  # is the context a reference? -> [(the context's step, the response's)]
+    for _, context, response, _ in samples:
+        is_reference = context.count("→") == 5
+        context, response = ([s.text for s in sd.parse_steps(text)][:-1] for text in (context, response))
+        steps[is_reference] += zip(context, response)
+    slipped = sum("→" in ours for _, ours in steps[True]) / len(steps[True])
+    assert 0.45 < slipped < 0.55  # shown a reference, half of the steps have its symbols, as `drift` says
+    assert all(("→" in ours) == ("→" in theirs) for theirs, ours in steps[False])  # else they are copied
     for problem, context, response, wrong in (sd.pretraining_sample(rng, known, 0.5, False) for _ in range(200)):
         assert context is None and set(sd.factors(problem)) <= set(known)
         assert sum(not right for right in sd.judge(response)) == (wrong is not None and not sd.judge(response)[wrong])
