@@ -104,18 +104,22 @@ def sample_or_recall(model_name: str, problems: list[Problem], k: int, seed: int
 
 
 # ================================================================================ numbers
-def interval(numerators, denominators=None, draws: int = 10_000) -> tuple[float, float, float]:
-    """(Σ numerators / Σ denominators, low, high): [P] and [P], one entry a problem.
+def bootstrap(numerators, denominators=None, draws: int = 10_000) -> torch.Tensor:
+    """Σ numerators / Σ denominators over the P problems, and over bootstrap samples: [P], [P] -> [1 + draws].
 
-    low and high are the percentiles 2.5 and 97.5 of the same ratio over `draws` bootstrap samples,
-    each of P problems drawn with replacement. Without denominators it is the mean. All NaN if 0 / 0.
+    A sample is P problems drawn with replacement, the same ones in every call. Without denominators: means.
     """
     top = torch.as_tensor(numerators, dtype=torch.float64)
     bottom = torch.ones_like(top) if denominators is None else torch.as_tensor(denominators, dtype=torch.float64)
     drawn = torch.randint(len(top), (draws, len(top)), generator=torch.Generator().manual_seed(0))  # [draws, P]
-    ratios = top[drawn].sum(-1) / bottom[drawn].sum(-1)
-    low, high = ratios.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return (top.sum() / bottom.sum()).item(), low, high
+    drawn = torch.cat([torch.arange(len(top))[None], drawn])  # first the problems as they are
+    return top[drawn].sum(-1) / bottom[drawn].sum(-1)
+
+
+def interval(ratios: torch.Tensor) -> tuple[float, float, float]:
+    """(estimate, 2.5th, 97.5th percentile) of what `bootstrap` returns; NaN where it is 0 / 0."""
+    low, high = ratios[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return ratios[0].item(), low, high
 
 
 def measure(rows: dict[str, list[Subject]], problems, k: int, seed: int, cfg) -> dict:
@@ -129,7 +133,7 @@ def measure(rows: dict[str, list[Subject]], problems, k: int, seed: int, cfg) ->
         measured[label] = {}
         for metric in METRICS:
             values = torch.tensor([[problem[metric] for problem in run] for run in seeds], dtype=torch.float64)
-            mean, low, high = interval(values.mean(0))
+            mean, low, high = interval(bootstrap(values.mean(0)))
             each = {"seeds": values.mean(1).tolist(), "problems": values.mean(0).tolist()}
             measured[label][metric] = {"mean": mean, "low": low, "high": high} | each
     return measured
@@ -140,7 +144,7 @@ def differences(measured: dict) -> dict[str, tuple[float, float, float]]:
     pairs = {}
     for a, b in combinations(measured, 2):
         first, second = (torch.tensor(measured[row]["avg"]["problems"], dtype=torch.float64) for row in (a, b))
-        pairs[f"{b} − {a}"] = interval(second - first)
+        pairs[f"{b} − {a}"] = interval(bootstrap(second - first))
     return pairs
 
 
@@ -207,7 +211,8 @@ def places(rollout: Rollout, tokenizer) -> tuple[list[str], list[str], list[str]
 
 
 def analyse(groups: list[list[Rollout]], advantages: dict, located: list[tuple]) -> dict:
-    """{context: {quantity: (mean, low, high)}}, and under "tokens" each place's share of the tokens.
+    """{context: {quantity: (mean, low, high)}}; "tokens" has each place's share of the tokens, and
+    "critique − reference" the differences, attempt by attempt.
 
     groups: [problems][k]; advantages and located: of all rollouts in that order. Of wrong attempts
     with a known first wrong step: "A before", "|A| before", "share before" (of all |A_t|), and so on,
@@ -238,9 +243,13 @@ def analyse(groups: list[list[Rollout]], advantages: dict, located: list[tuple])
                 add(context, f"A {where}", problem, sum(values[t] for t in here), len(here))
                 add(context, f"|A| {where}", problem, size, len(here))
                 add(context, f"share {where}", problem, 100 * size, sum(sizes))
-    result = {}
-    for (context, quantity), (top, bottom) in sums.items():
-        result.setdefault(context, {})[quantity] = interval(top, bottom)
+    ratios, result = {key: bootstrap(*entry) for key, entry in sums.items()}, {}
+    for context, quantity in list(ratios):
+        if context == "critique" and ("reference", quantity) in ratios:
+            difference = ratios[context, quantity] - ratios["reference", quantity]
+            ratios["critique − reference", quantity] = difference
+    for (context, quantity), values in ratios.items():
+        result.setdefault(context, {})[quantity] = interval(values)
     return result
 
 
@@ -360,9 +369,12 @@ def svg(width: float, height: float, title: str, parts: list[str]) -> str:
 
 
 def colour(advantage: float) -> str:
-    """Blue keeps the token, orange changes it; full strength from 5 nats on. The page shows through: light or dark."""
+    """Blue keeps the token, orange changes it; full strength from 5 nats on. The page shows through: light or dark.
+
+    By the root of |A_t|, or the half nat by which a teacher's other phrasing pushes a token down is not seen.
+    """
     fill = "#0072b2" if advantage > 0 else "#e0600a"
-    return f'fill="{fill}" fill-opacity="{0.75 * min(abs(advantage) / 5, 1):.3f}"'
+    return f'fill="{fill}" fill-opacity="{0.75 * math.sqrt(min(abs(advantage) / 5, 1)):.3f}"'
 
 
 def heat_map(texts: list[str], around: list[str], advantages: dict[str, list[float]]) -> str:
@@ -401,10 +413,10 @@ def heat_map(texts: list[str], around: list[str], advantages: dict[str, list[flo
     return svg(72 + columns * unit, (line + 1) * block + 4, "advantage of each token under each context", parts)
 
 
-LEGEND = svg(340, 34, "legend", [
-    *(f'<rect x="{26 * n + 27}" y="0" width="26" height="14" {colour(n - 5)} stroke="currentColor" stroke-opacity=".15"/>' for n in range(11)),
-    *(f'<text x="{26 * n + 40}" y="28" text-anchor="middle">{n - 5:+d}</text>' for n in range(0, 11, 5)),
-    '<text x="0" y="28">change it</text><text x="340" y="28" text-anchor="end">keep it</text>',
+LEGEND = svg(430, 32, "legend", [
+    *(f'<rect x="{26 * n + 72}" y="0" width="26" height="14" {colour(n - 5)} stroke="currentColor" stroke-opacity=".15"/>' for n in range(11)),
+    *(f'<text x="{26 * n + 85}" y="28" text-anchor="middle">{n - 5:+d}</text>' for n in range(0, 11, 5)),
+    '<text x="0" y="12">change it</text><text x="366" y="12">keep it</text>',
 ])  # fmt: skip
 
 STYLE = """
@@ -414,7 +426,7 @@ figure{margin:1.5rem 0;break-inside:avoid}
 .pair{display:flex;flex-wrap:wrap;gap:1rem 2rem}.pair>*{flex:1 1 22rem;min-width:0}
 svg{width:100%;height:auto;max-width:34rem;display:block}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0}
-caption{text-align:left;font-weight:600}td,th{padding:.15rem .8rem .15rem 0;white-space:pre;text-align:right}
+caption{text-align:left;font-weight:600;white-space:nowrap}td,th{padding:.15rem .8rem .15rem 0;white-space:pre;text-align:right}
 td:first-child{text-align:left}tr{border-bottom:1px solid #8884}
 code{overflow-wrap:anywhere}dt{font-weight:600}dd{margin:0 0 .6rem}
 @media(max-width:30rem){body{font-size:15px}}
