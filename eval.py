@@ -216,7 +216,7 @@ def analyse(groups: list[list[Rollout]], advantages: dict, located: list[tuple])
 
     groups: [problems][k]; advantages and located: of all rollouts in that order. Of wrong attempts
     with a known first wrong step: "A before", "|A| before", "share before" (of all |A_t|), and so on,
-    and "share right step" and the other kinds. Of right attempts: "A right", "pushed down".
+    and "share right step" and the other kinds. Of right attempts: "mean A_t", "pushed down".
     """
     problem_of = [p for p, group in enumerate(groups) for _ in group]
     rollouts = [r for group in groups for r in group]
@@ -233,7 +233,7 @@ def analyse(groups: list[list[Rollout]], advantages: dict, located: list[tuple])
                 continue
             sizes = [abs(a) for a in values]
             if rollout.reward:
-                add(context, "A right", problem, sum(values), len(values))
+                add(context, "mean A_t", problem, sum(values), len(values))
                 add(context, "pushed down", problem, 100 * sum(a < -0.5 for a in values), len(values))
                 continue
             kinds_known = KINDS if any(kinds) else ()
@@ -295,15 +295,17 @@ def advantage_tables(result: dict) -> list[Table]:
         table("wrong attempts: |A_t|", [f"|A| {w}" for w in PLACES], 2),
         table("wrong attempts: share of all |A_t|, percent", [f"share {w}" for w in PLACES], 1, True),
         table("wrong attempts: the same share by kind of token", [f"share {w}" for w in KINDS], 1, True),
-        table("right attempts: mean A_t, and tokens with A_t < -0.5, percent", ["A right", "pushed down"], 2),
+        table("right attempts: A_t, and the percentage of tokens with A_t < -0.5", ["mean A_t", "pushed down"], 2),
     ]
 
 
 def as_text(table: Table) -> str:
     lines = [table.header, *table.rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    pad = [[cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths))] for row in lines]
-    return "\n".join(["", table.title, *("  ".join(row) for row in pad)])
+    text = ["", table.title]
+    for name, *cells in lines:
+        text.append("  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
+    return "\n".join(text)
 
 
 def as_html(table: Table) -> str:
@@ -320,7 +322,7 @@ def escape(text: str) -> str:
     return html.escape("".join(c if c.isprintable() else "\ufffd" for c in text))
 
 
-LINES = (("#0072b2", "", "circle"), ("#d55e00", "7 3", "square"), ("#009e73", "2 3", "diamond"), ("#cc79a7", "9 3 2 3", "circle"))
+LINES = (("#0072b2", ""), ("#d55e00", "7 3"), ("#009e73", "2 3"), ("#cc79a7", "9 3 2 3"))  # colour, dashes
 
 
 def curve_chart(rows: dict[str, list[Subject]], x_label: str, per_step) -> str:
@@ -343,17 +345,17 @@ def curve_chart(rows: dict[str, list[Subject]], x_label: str, per_step) -> str:
         parts.append(f'<text x="{at_x(n * tick):.1f}" y="238" text-anchor="middle">{n * tick:,.0f}</text>')
     parts.append(f'<text x="185" y="258" text-anchor="middle">{escape(x_label)}</text>')
     names = []  # (height of the line's end, label, colour)
-    for (label, points), (colour, dashes, mark) in zip(series.items(), LINES * len(series)):
+    for (label, points), (colour, dashes) in zip(series.items(), LINES * len(series)):
         middle = [(at_x(x), at_y(sum(ys) / len(ys))) for x, ys in points]
-        band = [(at_x(x), at_y(max(ys))) for x, ys in points] + [(at_x(x), at_y(min(ys))) for x, ys in reversed(points)]
+        band = [(at_x(x), at_y(max(ys))) for x, ys in points]
+        band += [(at_x(x), at_y(min(ys))) for x, ys in reversed(points)]
         corners = [" ".join(f"{x:.1f},{y:.1f}" for x, y in line) for line in (band, middle)]
         parts.append(f'<polygon points="{corners[0]}" fill="{colour}" fill-opacity=".15"/>')
-        parts.append(f'<polyline points="{corners[1]}" fill="none" stroke="{colour}" stroke-width="2.2" stroke-dasharray="{dashes}"/>')
+        line = f'stroke="{colour}" stroke-width="2.2" stroke-dasharray="{dashes}"'
+        parts.append(f'<polyline points="{corners[1]}" fill="none" {line}/>')
         for (x, y), (_, ys) in zip(middle, points):
-            title = f"<title>{escape(label)}: {sum(ys) / len(ys):.1f}</title>"
-            turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if mark == "diamond" else ""
-            shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"' if mark == "circle" else f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"{turn}'
-            parts.append(f'{shape} fill="{colour}">{title}</{shape[1:].split()[0]}>')
+            value = f"<title>{escape(label)}: {sum(ys) / len(ys):.1f}</title>"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}">{value}</circle>')
         names.append([middle[-1][0], middle[-1][1], label, colour])
     lowest = -math.inf
     for x, y, label, colour in sorted(names, key=lambda name: name[1]):
@@ -403,7 +405,8 @@ def heat_map(texts: list[str], around: list[str], advantages: dict[str, list[flo
         x, width = 72 + column * unit, len(piece) * unit
         if around[t] == "in":
             y = line_number * block + gap - 5
-            parts.append(f'<path d="M{x:.1f} {y}h{width:.1f}" stroke="currentColor" stroke-width="3"><title>first wrong step</title></path>')
+            bar = f'<path d="M{x:.1f} {y}h{width:.1f}" stroke="currentColor" stroke-width="3">'
+            parts.append(f"{bar}<title>first wrong step</title></path>")
         for row, values in enumerate(advantages.values()):
             y = line_number * block + gap + row * row_height
             hover = f"<title>{escape(texts[t])}  {values[t]:+.2f}</title>"
@@ -413,9 +416,10 @@ def heat_map(texts: list[str], around: list[str], advantages: dict[str, list[flo
     return svg(72 + columns * unit, (line + 1) * block + 4, "advantage of each token under each context", parts)
 
 
+SCALE = [(72 + 26 * n, n - 5) for n in range(11)]  # (x, advantage) of the legend's boxes
 LEGEND = svg(430, 32, "legend", [
-    *(f'<rect x="{26 * n + 72}" y="0" width="26" height="14" {colour(n - 5)} stroke="currentColor" stroke-opacity=".15"/>' for n in range(11)),
-    *(f'<text x="{26 * n + 85}" y="28" text-anchor="middle">{n - 5:+d}</text>' for n in range(0, 11, 5)),
+    *(f'<rect x="{x}" y="0" width="26" height="14" {colour(a)} stroke="currentColor" stroke-opacity=".15"/>' for x, a in SCALE),
+    *(f'<text x="{x + 13}" y="28" text-anchor="middle">{a:+d}</text>' for x, a in SCALE[::5]),
     '<text x="0" y="12">change it</text><text x="366" y="12">keep it</text>',
 ])  # fmt: skip
 
@@ -439,7 +443,8 @@ def example(rollout: Rollout, located: tuple, advantages: dict[str, list[float]]
     aside = {"the critique": rollout.critique or "none: the critic failed", "the reference": rollout.problem.solution}
     aside = "".join(f"<dt>{name}</dt><dd><code>{escape(text)}</code></dd>" for name, text in aside.items())
     title = f"{escape(rollout.problem.problem)} answered {grade}; the answer is {escape(rollout.problem.answer)}"
-    return f"<figure><figcaption><b>{title}</b></figcaption><div class=pair>{heat_map(texts, around, advantages)}<dl>{aside}</dl></div></figure>"
+    both = f"<div class=pair>{heat_map(texts, around, advantages)}<dl>{aside}</dl></div>"
+    return f"<figure><figcaption><b>{title}</b></figcaption>{both}</figure>"
 
 
 def page(tables: list[Table], rows: dict, advantage: list[Table], examples: list[str], of: str, command: str) -> str:
@@ -464,7 +469,8 @@ Below zero the context says: change this token. The first wrong step has a bar a
 
 # ================================================================================ command line
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
 
     def refuse(message):
         raise Stop(f"{message} (see --help)")

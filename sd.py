@@ -176,13 +176,14 @@ def problem_sets(cfg: Config) -> tuple[list[Problem], list[Problem], list[Proble
         if cfg.val_data or cfg.test_data:
             raise Stop("--val-data and --test-data need --data")
         return embedded_problems()
-    train = random.Random(0).sample(everything := read_problems(cfg.data), len(everything))
-    rest = []
-    for name, path, share in ("test", cfg.test_data, min(len(train) // 5, 100)), ("val", cfg.val_data, min(len(train) // 10, 50)):
+    train = read_problems(cfg.data)
+    random.Random(0).shuffle(train)
+    rest, n = [], len(train)
+    for name, path, share in ("test", cfg.test_data, min(n // 5, 100)), ("val", cfg.val_data, min(n // 10, 50)):
         rest.append(read_problems(path) if path else train[:share])
         train = train if path else train[share:]
         if not rest[-1]:
-            raise Stop(f"{cfg.data}: {len(everything)} problems are too few to split: 10 are needed, or --{name}-data")
+            raise Stop(f"{cfg.data}: {n} problems are too few to split: 10 are needed, or --{name}-data")
     texts = Counter(p.problem for problems in (train, *rest) for p in problems)
     if shared := [text for text, n in texts.items() if n > 1]:
         raise Stop(f"training, validation and test problems must differ; twice there: {shared[0][:60]!r}")
@@ -777,7 +778,8 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
     tests = {}
     with adapters_off(model):
         for name, tested in ("base", model), ("test", best):
-            tests[name] = summarise(evaluate(tested, tokenizer, test_set, cfg.test_samples, TEST_SEED, cfg, f"testing, {name}"))
+            title = f"testing, {name}"
+            tests[name] = summarise(evaluate(tested, tokenizer, test_set, cfg.test_samples, TEST_SEED, cfg, title))
     result = {"condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": state["best_step"]}
     result |= tests | {"k": cfg.test_samples, "best_val_avg": state["best_avg"], "train_seconds": trained_in}
     with replacing(folder / "result.json") as new:
