@@ -90,7 +90,7 @@ class Config:
     val_samples: int = setting(8, "samples of each validation problem", 1)
     test_samples: int = setting(12, "samples of each test problem", 1)
     # the embedded base model
-    drift: float = setting(0.5, "how often a step takes over a reference's symbols, 0 to 1", 0)
+    drift: float = setting(0.8, "how often a step takes over a reference's symbols, 0 to 1", 0)
     base_seed: int = setting(0, "seed of its pretraining", 0)
     base_dir: str = setting("runs/base", "folder where embedded base models are kept")
 
