@@ -112,3 +112,12 @@ def test_hostile_attempts_raise_nothing_and_take_linear_time():
     for bomb in "<step_1>" * 12_000, "<" * 100_000, "<step_" + "1" * 100_000, "3*7=1" * 20_000, "</answer>" * 12_000:
         corrected_walk(PROBLEM, bomb)
     assert time.perf_counter() - began < 2
+
+
+def test_each_step_keeps_the_symbols_it_has():
+    """An attempt may mix them; a walk that unified them would be about symbols, where the error is in a value."""
+    attempt = "<step_1>3×7→1</step_1><step_2>8*4=3</step_2><step_3>6*6=6</step_3><step_4>1⊕3→4</step_4>"
+    assert corrected_walk("3*7+8*4+6*6", attempt) == (
+        "<step_1>3×7→1</step_1><step_2>8*4=2</step_2><step_3>6*6=6</step_3><step_4>1⊕2→3</step_4>"
+        "<step_5>3⊕6→9</step_5><answer>9</answer>"  # beyond the attempt: as its last step
+    )

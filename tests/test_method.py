@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import sd
 from critic import Critique, scribe
@@ -500,6 +501,18 @@ def test_advantages_are_sorted_into_the_steps_they_belong_to(tiny):
         ("answer", [14, 15, 16]),
     ]
     assert "".join(t for _, tokens in steps for t, _ in tokens) == text
+
+
+def test_a_tokens_text_is_what_it_adds_also_where_a_character_takes_several():
+    """Decoding every prefix takes quadratic time, and every token alone tears characters apart."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({byte: n for n, byte in enumerate(alphabet)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    text = "a × é🙂b"
+    texts = sd.token_texts(tokenizer, tokenizer.encode(text))
+    assert texts == ["a", " ", "", "×", " ", "", "é", "", "", "", "🙂", "b"]
+    assert "".join(sd.token_texts(tokenizer, tokenizer.encode(text)[:-3])) == "a × é\ufffd"  # cut within the last
 
 
 # ------------------------------------------------------------------------ the embedded base's lessons
