@@ -344,7 +344,7 @@ def curve_chart(rows: dict[str, list[Subject]], x_label: str, per_step) -> str:
     for n in range(int(right / tick) + 1):
         parts.append(f'<text x="{at_x(n * tick):.1f}" y="238" text-anchor="middle">{n * tick:,.0f}</text>')
     parts.append(f'<text x="185" y="258" text-anchor="middle">{escape(x_label)}</text>')
-    names = []  # (height of the line's end, label, colour)
+    names = []  # (x and y of the line's end, label)
     for (label, points), (colour, dashes) in zip(series.items(), LINES * len(series)):
         middle = [(at_x(x), at_y(sum(ys) / len(ys))) for x, ys in points]
         band = [(at_x(x), at_y(max(ys))) for x, ys in points]
@@ -356,11 +356,11 @@ def curve_chart(rows: dict[str, list[Subject]], x_label: str, per_step) -> str:
         for (x, y), (_, ys) in zip(middle, points):
             value = f"<title>{escape(label)}: {sum(ys) / len(ys):.1f}</title>"
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}">{value}</circle>')
-        names.append([middle[-1][0], middle[-1][1], label, colour])
+        names.append((*middle[-1], label))
     lowest = -math.inf
-    for x, y, label, colour in sorted(names, key=lambda name: name[1]):
+    for x, y, label in sorted(names, key=lambda name: name[1]):
         lowest = max(y + 4, lowest + 14)  # labels do not overlap
-        parts.append(f'<text x="{x + 8:.1f}" y="{lowest:.1f}" fill="{colour}" font-weight="600">{escape(label)}</text>')
+        parts.append(f'<text x="{x + 8:.1f}" y="{lowest:.1f}" font-weight="600">{escape(label)}</text>')
     return svg(430, 264, f"validation Avg against {x_label}", parts)
 
 
