@@ -10,16 +10,27 @@ critic to be such a faithful scribe in four cases:
     C  unfinished                      finish it
     D  a wrong step                    reproduce up to it, rewrite it, carry on
 
-Every critic answers the same call, `ask(problems, attempts) -> [Critique]`, one for each attempt.
-A failure is a value, `Critique(None, failure="why")`, and never text that reaches a prompt.
+There are three, and each answers the same call, `ask(problems, attempts, prompts) -> [Critique]`, one for
+each attempt. A failure is a value, `Critique(None, failure="why")`, and never text that reaches a prompt.
 
-The one here needs no model. It is the scribe of the embedded task, last-digit arithmetic, where
-truth is known by redoing the arithmetic.
+    scribe         a rule for the embedded task, last-digit arithmetic: redoes the arithmetic, needs no prompt
+    local_critic   a frozen Hugging Face chat model
+    http_critic    any OpenAI-compatible server
 """
 
-import re
+import hashlib, http.client, json, os, re, time, urllib.error, urllib.request  # noqa: E401
 from dataclasses import dataclass
 from itertools import zip_longest
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class Stop(Exception):
+    """Ends the program with one clear line and exit status 2."""
+
 
 # ------------------------------------------------------------------------ step-tagged text
 # Tags are found in one pass and paired by hand. A pattern such as `<step_(\d+)>(.*?)</step_\1>`
@@ -183,9 +194,10 @@ def _takes(values: list[int], a: int, b: int) -> bool:
 class Critique:
     text: str | None  # the corrected walk, or None: the critic failed
     failure: str = ""  # why it failed, in a few words
+    tokens: int = 0  # that the critic read and wrote; 0 if it is no model
 
 
-def scribe(problems: list[str], attempts: list[str]) -> list[Critique]:
+def scribe(problems: list[str], attempts: list[str], prompts: list[str]) -> list[Critique]:
     """The rule-based critic of the embedded task."""
     critiques = []
     for problem, attempt in zip(problems, attempts, strict=True):
@@ -194,3 +206,140 @@ def scribe(problems: list[str], attempts: list[str]) -> list[Critique]:
         except ValueError as error:
             critiques.append(Critique(None, failure=str(error)))
     return critiques
+
+
+def without_thinking(text: str) -> str:
+    """What a model wrote after its thinking. Some templates open the thinking in the prompt: no tag opens it here."""
+    text = text.encode("utf-8", "replace").decode()  # JSON may hold half a character, which breaks a tokenizer
+    return text.rpartition("</think>")[2].strip()
+
+
+def local_critic(model, tokenizer, max_tokens: int, batch_size: int):
+    """answers(prompts) of a frozen chat model, greedy: yields (index, Critique), a batch at a time."""
+
+    def answers(prompts):
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) if chats else []
+        limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
+        fits = [n for n, prompt in enumerate(ids) if len(prompt) + max_tokens <= limit]
+        for n in set(range(len(ids))).difference(fits):
+            yield n, Critique(None, "the prompt does not fit the critic")
+        ends, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+        for start in range(0, len(fits), batch_size):
+            batch = fits[start : start + batch_size]
+            width = max(len(ids[n]) for n in batch)
+            padded = torch.tensor([[pad] * (width - len(ids[n])) + ids[n] for n in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(ids[n])) + [1] * len(ids[n]) for n in batch], device=model.device)
+            with torch.no_grad():
+                output = model.generate(padded, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+            for n, row in zip(batch, output[:, width:].tolist()):
+                end = next((t for t, token in enumerate(row) if token in ends), None)
+                tokens = len(ids[n]) + (len(row) if end is None else end + 1)
+                if end is None:
+                    yield n, Critique(None, f"cut off after {max_tokens} tokens", tokens)
+                else:
+                    text = tokenizer.decode(row[:end], skip_special_tokens=True)
+                    yield n, Critique(without_thinking(text), "", tokens)
+
+    return answers
+
+
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each new try
+LARGEST = 2**24  # bytes of a server's answer
+
+
+def http_critic(url: str, model: str, max_tokens: int, at_once: int, timeout: float):
+    """answers(prompts) of an OpenAI-compatible server at url, greedy: yields (index, Critique) as they come.
+
+    The key, if one is needed, is read from the environment, CRITIC_API_KEY. Raises Stop if the server refuses it.
+    """
+    key = os.environ.get("CRITIC_API_KEY", "")
+
+    def post(prompt: str) -> dict:
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+        body |= {"temperature": 0, "max_tokens": max_tokens}
+        request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        deadline, answer = time.monotonic() + timeout, b""
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            while part := response.read1(2**16):
+                answer += part
+                if len(answer) > LARGEST:
+                    raise ValueError("more than 16 MiB")
+                if time.monotonic() > deadline:
+                    raise TimeoutError("it does not come to an end")
+            if response.length:  # bytes that were announced and did not come
+                raise http.client.IncompleteRead(answer)
+        return json.loads(answer)
+
+    def one(numbered) -> tuple[int, Critique]:
+        n, prompt = numbered
+        for pause in (*PAUSES, None):
+            try:
+                answer = post(prompt)
+                choice, usage = answer["choices"][0], answer.get("usage") or {}
+                cut_off = choice.get("finish_reason") == "length"
+                tokens = int(usage.get("total_tokens") or max_tokens * cut_off)
+                if cut_off:
+                    return n, Critique(None, f"cut off after {max_tokens} tokens", tokens)
+                return n, Critique(without_thinking(choice["message"]["content"]), "", tokens)
+            except urllib.error.HTTPError as error:
+                failure = f"HTTP {error.code}"
+                if error.code in (401, 403):
+                    raise Stop(f"the critic at {url} refuses the key ({failure}): set CRITIC_API_KEY") from None
+                if error.code not in (408, 429) and error.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as error:  # no connection, cut short, timed out
+                failure = str(getattr(error, "reason", error)) or type(error).__name__
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                failure = "its answer is no chat completion"
+                break
+            if pause:
+                time.sleep(pause)
+        return n, Critique(None, failure)
+
+    def answers(prompts):
+        with ThreadPool(at_once) as pool:  # left early, it waits for nobody: its threads are daemons
+            yield from pool.imap_unordered(one, enumerate(prompts))
+
+    return answers
+
+
+def remembering(answers, name: str, file: Path):
+    """ask(problems, attempts, prompts) over `answers`: what a critic has answered once is read from the file.
+
+    Raises Stop if no prompt of a call gets an answer at all: the critic is not there.
+    """
+    known = {}
+    if file.exists():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                known[row["prompt"]] = Critique(row["text"], "", row["tokens"])
+            except (ValueError, LookupError, TypeError):
+                continue  # empty, or cut short when its writer was killed
+
+    def ask(problems, attempts, prompts):
+        keys = [hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest() for prompt in prompts]
+        new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
+        failed, names = {}, list(new)
+        bar = tqdm(total=len(new), desc="critic", leave=False, disable=not new)
+        for n, critique in answers(list(new.values())):
+            bar.update()
+            if critique.text is None:
+                failed[names[n]] = critique
+                continue
+            known[names[n]] = critique
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as log:
+                row = {"prompt": names[n], "text": critique.text, "tokens": critique.tokens}
+                log.write(f"\n{json.dumps(row)}\n")  # a line of its own, also behind one that was cut short
+        bar.close()
+        critiques = [known.get(key) or failed[key] for key in keys]
+        if critiques and not any(c.text or c.tokens for c in critiques):
+            raise Stop(f"the critic {name} answered none of {len(prompts)} prompts: {critiques[0].failure}")
+        return critiques
+
+    return ask

@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 import sd
-from critic import CALCULATION, PROBLEM, first_difference, judge, parse_steps, scribe
+from critic import CALCULATION, PROBLEM, first_difference, judge, parse_steps
 from sd import CONTEXTS, Problem, Rollout, Stop
 
 KEPT = Path("runs/eval")  # sampled attempts, to be used again
@@ -166,11 +166,12 @@ def score(rollouts: list[Rollout], student, teacher, tokenizer, ask, cfg) -> dic
     given = {}
     for name in CONTEXTS:
         copies = [dataclasses.replace(r) for r in rollouts]
-        sd.give_contexts(copies, name, ask, teacher, tokenizer)
+        if ask or name in sd.WITHOUT_CRITIC:
+            sd.give_contexts(copies, ask, teacher, tokenizer, dataclasses.replace(cfg, condition=name))
         if any(r.teacher_prompt is not None for r in copies):
             given[name] = copies
-    for rollout, critique in zip(rollouts, ask([r.problem.problem for r in rollouts], [r.text for r in rollouts])):
-        rollout.critique = critique.text
+    if ask:
+        sd.ask_critic(rollouts, ask, tokenizer)
     advantages = {name: [None] * len(rollouts) for name in given}
     for start in tqdm(range(0, len(rollouts), cfg.micro_batch), "scoring", leave=False):
         batch = range(start, min(start + cfg.micro_batch, len(rollouts)))
@@ -481,6 +482,9 @@ def parse_args(argv=None):
     parser.add_argument("--html", metavar="FILE", help="write the page; its attempts: --advantages, or else the base's")
     parser.add_argument("--json", metavar="FILE", help="write every number")
     parser.add_argument("--data", metavar="FILE", default="", help="problems to test on, instead of the runs' own")
+    parser.add_argument("--keep-band", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of --data, keep what the "
+                        "one model solves in this share of attempts, such as 0.05 0.35")  # fmt: skip
+    parser.add_argument("--out", metavar="FILE", help="where to write what --keep-band keeps")
     parser.add_argument("--k", type=int, default=12, help="attempts at each problem (12)")
     parser.add_argument("--seed", type=int, default=sd.TEST_SEED, help="of sampling (%(default)s, as in sd.py)")
     for name in ("temperature", "max_new_tokens", "device"):
@@ -489,6 +493,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.subjects and not args.advantages:
         raise Stop("nothing to evaluate: name runs or models, or use --advantages (see --help)")
+    if args.keep_band and not (args.data and args.out and len(args.subjects) == 1):
+        raise Stop("--keep-band needs one model, and its problems and where to write them: --data FILE --out FILE")
     if args.k < 1:
         raise Stop(f"--k is {args.k}: it must be at least 1")
     return args
@@ -499,6 +505,15 @@ def settings(subjects: list[Subject], args) -> sd.Config:
     cfg = next((s.cfg for s in subjects if s.cfg), sd.Config())
     given = {n: getattr(args, n) for n in ("temperature", "max_new_tokens") if getattr(args, n) is not None}
     return sd.settled(dataclasses.replace(cfg, **given, device=args.device or ""))
+
+
+def keep_band(problems: list[Problem], averages: list[float], args) -> None:
+    """Writes the problems that the model solves now and then: hard for it, but not out of reach."""
+    low, high = (100 * share for share in args.keep_band)
+    kept = [dataclasses.asdict(p) for p, average in zip(problems, averages) if low <= average <= high]
+    with sd.replacing(Path(args.out)) as new:
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    print(f"\n{len(kept)} of {len(problems)} problems, solved in {low:g}% to {high:g}% of attempts, are in {args.out}")
 
 
 def report(args, command: str) -> None:
@@ -516,12 +531,17 @@ def report(args, command: str) -> None:
         numbers["differences"] = differences(numbers["results"])
         tables = result_tables(numbers["results"], args.k, len(problems))
         print(*map(as_text, tables), sep="\n")
+    if args.keep_band:
+        *_, one = numbers["results"].values()
+        keep_band(problems, one["avg"]["problems"], args)
     if scored or args.html:
         one = scored or Subject(subjects[0].base, subjects[0].base, subjects[0].base)
         groups = sample_or_recall(one.model, problems, args.k, args.seed, cfg)
         (student, tokenizer), (teacher, _) = (sd.load(name, cfg.device) for name in (one.model, one.base))
         rollouts = [r for group in groups for r in group]
-        advantages = score(rollouts, student, teacher, tokenizer, scribe, cfg)
+        no_critic = cfg.critic == "scribe" and (args.data or cfg.data)
+        ask = None if no_critic else sd.open_critic(cfg, one.base, teacher, tokenizer)
+        advantages = score(rollouts, student, teacher, tokenizer, ask, cfg)
         located = [places(r, tokenizer) for r in rollouts]
         numbers["advantages"] = analyse(groups, advantages, located)
         advantage = advantage_tables(numbers["advantages"])

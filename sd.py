@@ -33,6 +33,7 @@ import argparse, contextlib, dataclasses, hashlib, inspect, itertools, json  # n
 import math, os, random, re, shutil, sys, tempfile, time  # noqa: E401
 from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -40,16 +41,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
-from critic import OWN, REFERENCE, carry_on, factors, join_steps, judge, parse_steps, scribe, spell, times
-
-
-class Stop(Exception):
-    """Ends the program with one clear line and exit status 2."""
+import critic
+from critic import OWN, PROBLEM, REFERENCE, Critique, Stop
+from critic import carry_on, factors, first_difference, join_steps, judge, parse_steps, scribe, spell, times
 
 
 # ================================================================================ config
@@ -65,12 +65,19 @@ class Config:
     seed: int = setting(0, "seed of adapters, problem order and sampling", 0)
     out: str = setting("", "folder of the run; empty: runs/CONDITION, with -SEED behind if not 0")
     resume: bool = setting(False, "go on from the folder's last checkpoint")
-    model: str = setting("", "solver, a folder or hub id; empty: the embedded base model")
+    model: str = setting("", "solver, a folder or hub id of a chat model; empty: the embedded base model")
     device: str = setting("", "where to run; empty: cuda if there is one, else cpu")
     data: str = setting("", "training problems, JSON lines of problem, solution, answer; empty: the embedded task")
     val_data: str = setting("", "validation problems; empty: a tenth of --data, 50 at most")
     test_data: str = setting("", "test problems; empty: a fifth of --data, 100 at most")
+    # the critic
+    critic: str = setting("scribe", "scribe (embedded task only), a folder or hub id, or http://HOST:PORT/v1")
+    critic_model: str = setting("", "model's name on the server")
+    critic_max_tokens: int = setting(4096, "longest answer of the critic, its thinking included, in tokens", 1)
+    critic_batch: int = setting(8, "prompts that the critic works on at once", 1)
+    critic_timeout: float = setting(600.0, "seconds to wait for one answer of a server", 1e-3)
     # the method
+    teacher_thinking: bool = setting(False, "teacher's chat template with thinking on, as in the paper")
     steps: int = setting(70, "training steps", 1)
     problems_per_step: int = setting(32, "problems in a training step", 1)
     group_size: int = setting(0, "rollouts of each problem; 0: 8 in grpo, else 1", 0)
@@ -84,7 +91,8 @@ class Config:
     # memory: the first decides which rollout gets which random numbers, the others change rounding only
     gen_batch: int = setting(512, "rollouts sampled at once", 1)
     micro_batch: int = setting(64, "rollouts scored at once", 1)
-    chunk: int = setting(2048, "completion tokens whose logits are held at once", 1)
+    chunk: int = setting(256, "completion tokens whose logits are held at once", 1)
+    gradient_checkpointing: bool = setting(False, "keep only each layer's input for the backward pass: slower, smaller")
     # evaluation
     eval_every: int = setting(10, "steps between validations", 1)
     val_samples: int = setting(8, "samples of each validation problem", 1)
@@ -112,6 +120,10 @@ def settled(cfg: Config) -> Config:
         raise Stop(f"--drift is {cfg.drift}: it must be at most 1")
     if cfg.condition == "grpo" and cfg.group_size == 1:
         raise Stop("--group-size is 1: grpo compares the rollouts of a problem and needs two or more")
+    if cfg.critic.startswith(("http://", "https://")) and not cfg.critic_model:
+        raise Stop(f"--critic {cfg.critic}: name the model that the server runs with --critic-model")
+    if cfg.critic == "scribe" and cfg.data and cfg.condition not in WITHOUT_CRITIC:
+        raise Stop("--critic scribe knows the embedded task only: for --data name a model or a server with --critic")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -190,15 +202,65 @@ def problem_sets(cfg: Config) -> tuple[list[Problem], list[Problem], list[Proble
     return train, rest[1], rest[0]
 
 
+PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,234  0.5  .5
+LATEX_FRACTION = re.compile(rf"\\[dtc]?frac\s*(?:{{\s*(-?(?:{PLAIN}))\s*}}|([0-9]))\s*(?:{{\s*({PLAIN})\s*}}|([0-9]))")
+NUMBER = re.compile(rf"([+-]?)\s*(?:([0-9]+)\s+)?({PLAIN})\s*(?:/\s*({PLAIN}))?\s*(%?)")
+AROUND = re.compile(r"[$€£*]|\b[^\W\d_]{2,}(?:\^\{?[23]\}?)?[:.]?(?=\s|$)|^.*=|\^\{?\\circ\}?|°")  # words, units, "x ="
+
+
+def number(text: str) -> Fraction | None:
+    """The value of 12, -0.5, 1,234, 1/2, 1 1/2 (mixed), \\frac12 or 50%; None of anything else."""
+    text = LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
+    match = NUMBER.fullmatch(text)
+    if not match or (match[2] and not match[4]):  # "1 2" is no number, "1 1/2" is one
+        return None
+    over, under = (Fraction(part.replace(",", "").rstrip(".")) for part in (match[3], match[4] or "1"))
+    if not under:
+        return None
+    value = (int(match[2] or 0) + over / under) * (-1 if match[1] == "-" else 1)
+    return value / 100 if match[5] else value
+
+
+def canonical(answer: str) -> str:
+    """One text for all spellings of an answer: of a number its value, as a fraction; else the text without dressing.
+
+    1/2, 0.5, \\frac12, $\\boxed{\\dfrac{1}{2}}$, 50\\% and "The answer is 0.50." agree. Sets, pairs and
+    expressions are compared as written, but for white space.
+    """
+    if len(answer) > 1000:
+        return "".join(answer.split())
+    text = answer
+    if (start := answer.rfind("\\boxed{")) >= 0:  # what it holds, up to the brace that closes it
+        text = answer[start + len("\\boxed") :]
+        depths = itertools.accumulate((c == "{") - (c == "}") for c in text)
+        text = text[1 : next((n for n, depth in enumerate(depths) if depth == 0), len(text))]
+    text = re.sub(r"\\(?:text|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\\left|\\right|\\[!,;: ()\[\]]|~", lambda m: "" if m[0] == "\\," else " ", text)
+    text = text.replace("{,}", ",").replace("\\%", "%").replace("\N{MINUS SIGN}", "-").replace("\\$", "$").lstrip(" \t\n:$*").rstrip(" \t\n.,;:$*")
+    value = number(text)
+    value = number(AROUND.sub("", text).lstrip(" :").rstrip(" .,;:")) if value is None else value
+    if value is not None:
+        return str(value)
+    text = re.sub(r"(?i)^.*\banswer(?: is)?:?\s", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("$", "")
+    return " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split()).casefold()
+
+
 def extract_answer(completion: str) -> str | None:
-    """The text of the last closed <answer>, without white space, or None."""
+    """What stands in the last closed <answer>, in its canonical spelling, or None."""
     answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
-    return re.sub(r"\s+", "", answers[-1]) if answers else None
+    return canonical(answers[-1]) if answers else None
 
 
 def is_correct(completion: str, answer: str) -> bool:
-    """The reward in training and the grade in evaluation: one and the same."""
-    return extract_answer(completion) == re.sub(r"\s+", "", answer)
+    """The reward in training and the grade in evaluation: one and the same. Compares values, not spellings."""
+    return extract_answer(completion) == canonical(answer)
+
+
+def keeps_format(completion: str) -> bool:
+    """Does it have the steps 1, 2, 3, … and then an answer, each in tags of its own?"""
+    names = [step.name for step in parse_steps(completion)]
+    return len(names) > 1 and names == [f"step_{n}" for n in range(1, len(names))] + ["answer"]
 
 
 # ================================================================================ prompts
@@ -209,13 +271,37 @@ SOLVE = (
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 
 
-def build_prompts(tokenizer, problems: list[str], contexts: list[str | None]) -> list[list[int]]:
-    """Token ids of each prompt. Without a context (None or "") teacher and student prompts agree."""
+CRITICISE = """Below are a problem, its reference solution, its right answer, and a student's attempt. Write a corrected \
+walk through that attempt. Be a faithful scribe: keep the student's own steps, words and notation wherever they are right.
+
+A. If every step is right, repeat the attempt word for word.
+B. If the answer is right but a step is missing, repeat the attempt and insert the step.
+C. If the attempt is unfinished, repeat its right steps, shortened if they are long, and finish it.
+D. If a step is wrong, repeat the steps before it word for word, write that step anew as it should be, and carry on \
+from the corrected value to the answer, in the student's own way. Do not repeat the wrong step.
+
+Write nothing else: no comment, no verdict, no mention of the reference. Write each step in tags of its own, \
+<step_1>...</step_1>, <step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."""
+
+
+def critic_prompt(problem: Problem, attempt: str) -> str:
+    parts = {"Problem": problem.problem, "Reference solution": problem.solution, "Right answer": problem.answer}
+    parts = "\n\n".join(f"{name}:\n{text}" for name, text in (parts | {"Student's attempt": attempt}).items())
+    return f"{CRITICISE}\n\n{parts}"
+
+
+def build_prompts(tokenizer, problems: list[str], contexts: list[str | None], thinking=False) -> list[list[int]]:
+    """Token ids of each prompt. Without a context (None or "") teacher and student prompts agree.
+
+    With thinking the template opens the answer for a model that thinks first. A teacher so prompted expects
+    <think> where the student's first token stands: A_1 is far below zero, whatever the context says, and the
+    loss pulls the student towards <think>. Later tokens mind less: by then the student's own prefix is there.
+    """
     chats = []
     for problem, context in zip(problems, contexts, strict=True):
         parts = [SOLVE, problem, HELP, context] if context else [SOLVE, problem]
         chats.append([{"role": "user", "content": "\n\n".join(parts)}])
-    how = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
+    how = {"add_generation_prompt": True, "enable_thinking": thinking, "return_dict": False}
     return tokenizer.apply_chat_template(chats, **how)
 
 
@@ -243,12 +329,14 @@ class LoRALinear(nn.Module):
     alone, which is the teacher: no second copy of the network is needed.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear | Conv1D, rank: int, alpha: float):
         super().__init__()
         self.linear, self.scale, self.enabled = linear, alpha / rank, True
+        self.transposed = isinstance(linear, Conv1D)  # GPT-2's linear layer: y = x W, not x Wᵀ
+        outs, ins = linear.weight.T.shape if self.transposed else linear.weight.shape
         like = {"device": linear.weight.device, "dtype": torch.float32}  # also over bf16 weights
-        self.A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        self.A = nn.Parameter(torch.empty(rank, ins, **like))
+        self.B = nn.Parameter(torch.zeros(outs, rank, **like))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -263,9 +351,11 @@ def add_adapters(model, rank: int, alpha: float) -> list[nn.Parameter]:
     model.requires_grad_(False)
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, (nn.Linear, Conv1D)):
                 setattr(parent, name, LoRALinear(child, rank, alpha))
-    return [p for p in model.parameters() if p.requires_grad]
+    if adapters := [p for p in model.parameters() if p.requires_grad]:
+        return adapters
+    raise Stop(f"{type(model).__name__} has no linear layer in its blocks that an adapter could sit on")
 
 
 @contextlib.contextmanager
@@ -287,13 +377,19 @@ def merged_state_dict(model) -> dict:
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             a, b, weight = (state.pop(f"{name}.{part}") for part in ("A", "B", "linear.weight"))
-            state[f"{name}.weight"] = (weight.float() + layer.scale * b @ a).to(weight.dtype)
+            change = layer.scale * b @ a
+            state[f"{name}.weight"] = (weight.float() + (change.T if layer.transposed else change)).to(weight.dtype)
             if layer.linear.bias is not None:
                 state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
     return state
 
 
 # ================================================================================ 1. rollouts
+def positions(model) -> float:
+    """How many tokens the model can take."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
 @dataclass
 class Rollout:
     problem: Problem
@@ -303,6 +399,8 @@ class Rollout:
     reward: float  # 1 right, 0 wrong
     group_advantage: float  # A_i, all that grpo uses
     critique: str | None = None
+    critic_failure: str = ""  # why there is no critique
+    critic_tokens: int = 0  # read and written by the critic
     context: str | None = None  # what the teacher sees beside the problem
     teacher_prompt: list[int] | None = None  # None: this rollout has no teacher
     advantages: list[float] = field(default_factory=list)  # A_t of each completion token
@@ -352,26 +450,47 @@ def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, 
 
 
 # ================================================================================ 2. contexts of rollouts
-def give_contexts(rollouts: list[Rollout], condition: str, ask, model, tokenizer) -> None:
+def no_walk(critique: str, problem: Problem) -> str:
+    """Why a text is not usable as a corrected walk, or "" if it is."""
+    names = [step.name for step in parse_steps(critique)]
+    if not any(name.startswith("step") for name in names):
+        return "no steps"
+    if "answer" not in names:
+        return "no answer"
+    return "" if is_correct(critique, problem.answer) else "wrong answer"
+
+
+def ask_critic(rollouts: list[Rollout], ask, tokenizer) -> None:
+    """Gives each rollout its critique, or why it has none."""
+    prompts = [critic_prompt(r.problem, r.text) for r in rollouts]
+    critiques = ask([r.problem.problem for r in rollouts], [r.text for r in rollouts], prompts)
+    for rollout, critique in zip(rollouts, critiques, strict=True):
+        rollout.critic_failure = critique.failure or no_walk(critique.text, rollout.problem)
+        rollout.critique = None if rollout.critic_failure else critique.text
+        rollout.critic_tokens = critique.tokens
+        if critique.text and not critique.tokens:  # the scribe: what a model would read and write in its place
+            texts = [rollout.problem.problem, rollout.problem.solution, rollout.text, critique.text]
+            rollout.critic_tokens = len(tokenizer.tokenize(" ".join(texts)))
+
+
+def give_contexts(rollouts: list[Rollout], ask, model, tokenizer, cfg: Config) -> None:
     """Asks the critic, then gives each rollout its context and teacher prompt.
 
     Where there is none (no teacher in this condition, the critic failed, the prompt would not fit
     the model's positions) teacher_prompt stays None, and the rollout is not trained on.
     """
-    if condition not in WITHOUT_CRITIC:
-        critiques = ask([r.problem.problem for r in rollouts], [r.text for r in rollouts])
-        if condition == "shuffled":  # a control: each rollout gets that of one half a batch away
-            critiques = critiques[len(critiques) // 2 :] + critiques[: len(critiques) // 2]
-        for rollout, critique in zip(rollouts, critiques, strict=True):
-            rollout.critique = critique.text
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for rollout in rollouts:
-        if rollout.critique is None and condition not in WITHOUT_CRITIC:
+    if cfg.condition not in WITHOUT_CRITIC:
+        ask_critic(rollouts, ask, tokenizer)
+    critiques = [r.critique for r in rollouts]
+    if cfg.condition == "shuffled":  # a control: each rollout gets that of one half a batch away
+        critiques = critiques[len(critiques) // 2 :] + critiques[: len(critiques) // 2]
+    for rollout, critique in zip(rollouts, critiques):
+        if critique is None and cfg.condition not in WITHOUT_CRITIC:
             continue
-        context = CONTEXTS[condition](rollout.problem, rollout.text, rollout.critique)
+        context = CONTEXTS[cfg.condition](rollout.problem, rollout.text, critique)
         if context is not None:
-            [prompt] = build_prompts(tokenizer, [rollout.problem.problem], [context])
-            if len(prompt) + len(rollout.completion) <= limit:
+            [prompt] = build_prompts(tokenizer, [rollout.problem.problem], [context], cfg.teacher_thinking)
+            if len(prompt) + len(rollout.completion) <= positions(model):
                 rollout.context, rollout.teacher_prompt = context, prompt
 
 
@@ -394,20 +513,36 @@ def completion_states(model, prompts: list[list[int]], completions: list[list[in
     return states[predicts.to(model.device)]  # [B, L, H] -> [N, H]
 
 
+@contextlib.contextmanager
+def checkpointing(model, on: bool):
+    """Inside, if on, a layer keeps nothing but its input, and computes the rest again in the backward pass."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+    for layer in layers:  # the layer itself, and not what is in it: dropout stays off
+        layer.training = True
+    yield
+    for layer in layers:
+        layer.training = False
+
+
 def log_probs(model, states: torch.Tensor, temperature: float) -> torch.Tensor:
     """log π at the temperature sampled with: [N, H] -> [N, V], in fp32."""
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
-def in_chunks(function, size: int, *tensors: torch.Tensor):
-    """function(*tensors), a tuple of [N] tensors, taken over `size` of the N positions at a time.
+def in_chunks(function, size: int, states: torch.Tensor, *others: torch.Tensor):
+    """function(states, *others) -> (losses [N], advantages [N]), taken over `size` of the N positions at a time.
 
-    A chunk's logits are dropped and computed again in the backward pass, so that peak memory is
-    that of one chunk, however many tokens there are.
+    Returns both, and ∂ Σ losses / ∂ states: [N, H]. The output layer is frozen, so the states are all that
+    the gradient flows through. Each chunk's is taken before the next chunk's logits are made: peak memory
+    is that of one chunk, however many tokens there are, and nothing is computed twice.
     """
-    slices = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    parts = [checkpoint(function, *s, use_reentrant=False, preserve_rng_state=False) for s in slices]
-    return tuple(torch.cat(part) for part in zip(*parts))
+    parts = []
+    for chunk, *rest in zip(states.detach().split(size), *(other.split(size) for other in others), strict=True):
+        with torch.enable_grad():
+            losses, advantages = function(chunk.requires_grad_(), *rest)
+            [gradient] = torch.autograd.grad(losses.sum(), chunk)
+        parts.append((losses.detach(), advantages.detach(), gradient))
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 # ================================================================================ 5. advantages
@@ -454,11 +589,14 @@ def policy_gradient_loss(student: torch.Tensor, tokens: torch.Tensor, advantages
     return -advantages * student.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def token_losses(model, rollouts: list[Rollout], cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each completion token's loss and advantage: [N] and [N]. Here the conditions part."""
+def token_losses(model, rollouts: list[Rollout], cfg: Config):
+    """Here the conditions part. Returns the student's states that predict each completion token, [N, H], each
+    token's loss and advantage, [N] and [N], and the gradient of the losses' sum with respect to the states, [N, H].
+    """
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([token for c in completions for token in c], device=model.device)  # [N]
-    student_states = completion_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
+    with checkpointing(model, cfg.gradient_checkpointing):
+        student_states = completion_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
 
     if cfg.condition == "grpo":
         advantages = [r.group_advantage for r in rollouts for _ in r.completion]  # the same at every token
@@ -468,7 +606,7 @@ def token_losses(model, rollouts: list[Rollout], cfg: Config) -> tuple[torch.Ten
             student = log_probs(model, student_states, cfg.temperature)  # [n, V]
             return policy_gradient_loss(student, tokens, advantages), advantages
 
-        return in_chunks(grpo_loss, cfg.chunk, student_states, tokens, advantages)
+        return student_states, *in_chunks(grpo_loss, cfg.chunk, student_states, tokens, advantages)
 
     with torch.no_grad(), adapters_off(model):  # the output layer has no adapter: one for both
         teacher_states = completion_states(model, [r.teacher_prompt for r in rollouts], completions)  # [N, H]
@@ -478,7 +616,7 @@ def token_losses(model, rollouts: list[Rollout], cfg: Config) -> tuple[torch.Ten
         teacher = log_probs(model, teacher_states, cfg.temperature)  # [n, V]
         return DIVERGENCES[cfg.divergence](student, teacher), token_advantages(student, teacher, tokens)
 
-    return in_chunks(distillation_loss, cfg.chunk, student_states, tokens, teacher_states)
+    return student_states, *in_chunks(distillation_loss, cfg.chunk, student_states, tokens, teacher_states)
 
 
 # ================================================================================ 7. a training step
@@ -488,7 +626,7 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: C
     Raises Stop, with nothing changed, if loss or gradient is not finite.
     """
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
-    give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
+    give_contexts(rollouts, ask, model, tokenizer, cfg)
     trained = rollouts if cfg.condition == "grpo" else [r for r in rollouts if r.teacher_prompt is not None]
 
     # A mean over all tokens of the step, however it is cut: the gradient does not depend on micro_batch.
@@ -496,8 +634,8 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: C
     loss = 0.0
     for start in range(0, len(trained), cfg.micro_batch):
         batch = trained[start : start + cfg.micro_batch]
-        losses, advantages = token_losses(model, batch, cfg)
-        (losses.sum() / step_tokens).backward()
+        states, losses, advantages, gradient = token_losses(model, batch, cfg)
+        states.backward(gradient / step_tokens)  # from the states on, through the adapters
         loss += losses.sum().item() / step_tokens
         for rollout, values in zip(batch, advantages.split([len(r.completion) for r in batch])):
             rollout.advantages = values.tolist()
@@ -510,10 +648,14 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: C
     if trained:
         optimizer.step()
         optimizer.zero_grad()
-    return rollouts, step_metrics(tokenizer, rollouts, loss, grad_norm)
+    return rollouts, step_metrics(rollouts, loss, grad_norm)
 
 
-def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: float) -> dict:
+def words(text: str) -> str:
+    return " ".join(re.sub(r"</?(?:step_[0-9]+|answer)>", " ", text).split())
+
+
+def step_metrics(rollouts: list[Rollout], loss: float, grad_norm: float) -> dict:
     """What a line of metrics.jsonl says of a step. Rewards, lengths and shares are means over rollouts."""
     def mean(values):
         return sum(values) / max(len(values), 1)
@@ -521,7 +663,9 @@ def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: flo
     advantages = [a for r in rollouts for a in r.advantages]
     taught = [r for r in rollouts if r.teacher_prompt is not None]
     criticised = [r for r in rollouts if r.critique is not None]
-    critic_texts = [f"{r.problem.problem} {r.problem.solution} {r.text} {r.critique}" for r in criticised]
+    pasted = [words(r.problem.solution) in words(r.critique) and not r.reward for r in criticised]
+    # A wrong attempt, and no step of it was changed: the critique has the wrong step too, and at most another answer.
+    changed = [first_difference(r.text, r.critique) for r in criticised if not r.reward and extract_answer(r.text)]
     return {
         "loss": loss,
         "reward": mean([r.reward for r in rollouts]),
@@ -529,12 +673,15 @@ def step_metrics(tokenizer, rollouts: list[Rollout], loss: float, grad_norm: flo
         "length": mean([len(r.completion) for r in rollouts]),
         "advantage": mean(advantages),
         "abs_advantage": mean([abs(a) for a in advantages]),
+        "format": mean([keeps_format(r.text) for r in rollouts]),
         "masked": mean([not r.advantages for r in rollouts]),
-        # Tokens read or written: by the solver as it samples, by the teacher, and by the critic (as the
-        # solver's tokenizer counts problem, reference, attempt and critique).
+        "critic_failed": mean([bool(r.critic_failure) for r in rollouts]),
+        "critic_pasted": sum(pasted),  # rollouts whose critique holds the reference solution, word for word
+        "critic_repeated": sum(step is None or step.name == "answer" for step in changed),
+        # Tokens read or written: by the solver as it samples, by the teacher, and by the critic.
         "solver_tokens": sum(len(r.prompt) + len(r.completion) for r in rollouts),
         "teacher_tokens": sum(len(r.teacher_prompt) + len(r.completion) for r in taught),
-        "critic_tokens": sum(len(tokenizer.tokenize(text)) for text in critic_texts),
+        "critic_tokens": sum(r.critic_tokens for r in rollouts),
     }
 
 
@@ -597,6 +744,7 @@ def sample_line(step: int, rollout: Rollout, tokenizer) -> dict:
         "completion": rollout.text,
         "reward": rollout.reward,
         "context": rollout.context,
+        "critic_failure": rollout.critic_failure,
         "advantage": [[name, sum(values) / len(values)] for name, values in by_step if values],
     }
 
@@ -611,21 +759,34 @@ def paint(text: str, advantage: float = 0.0) -> str:
     return f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m"
 
 
+def verdicts(rollout: Rollout) -> list[str]:
+    """Of each step: "right" or "WRONG", by its arithmetic; in another task, as far as the critique tells."""
+    if PROBLEM.fullmatch(rollout.problem.problem):
+        return ["right" if right else "WRONG" for right in judge(rollout.text)]
+    steps = parse_steps(rollout.text)
+    if rollout.critique is None:
+        return [""] * len(steps)
+    wrong = first_difference(rollout.text, rollout.critique)
+    return ["right" if wrong is None or s.start < wrong.start else "WRONG" if s == wrong else "" for s in steps]
+
+
 def show(title: str, model, tokenizer, problems: list[Problem], ask, cfg: Config) -> None:
     """Prints an attempt at the first problem, what the teacher sees, and the advantage of every token."""
     rollouts = [r for group in evaluate(model, tokenizer, problems, cfg.group_size, 0, cfg) for r in group]
-    give_contexts(rollouts, cfg.condition, ask, model, tokenizer)
+    give_contexts(rollouts, ask, model, tokenizer, cfg)
     rollout = rollouts[0]
     rollout.advantages = [0.0] * len(rollout.completion)
     if cfg.condition == "grpo" or rollout.teacher_prompt is not None:
         with torch.no_grad():
-            rollout.advantages = token_losses(model, [rollout], cfg)[1].tolist()
+            rollout.advantages = token_losses(model, [rollout], cfg)[2].tolist()
     grade = "right" if rollout.reward else "wrong"
     print(f"\n{title}: {rollout.problem.problem}, answered {grade}, should be {rollout.problem.answer}")
-    for (step, tokens), right in zip(advantage_by_step(tokenizer, rollout), judge(rollout.text)):
+    for (step, tokens), verdict in zip(advantage_by_step(tokenizer, rollout), verdicts(rollout)):
         values = [a for _, a in tokens] or [0.0]
         text = "".join(paint(*token) for token in tokens) + " " * (26 - step.end + step.start)
-        print(f"  {'right' if right else 'WRONG'}  {text}  A_t from {min(values):6.2f} to {max(values):5.2f}")
+        print(f"  {verdict:5}  {text}  A_t from {min(values):6.2f} to {max(values):5.2f}")
+    if not parse_steps(rollout.text):
+        print("  no steps:", paint(rollout.text))
     print("  the teacher sees:", "nothing, there is none" if rollout.context is None else paint(rollout.context))
 
 
@@ -661,7 +822,36 @@ def load(name: str, device: str):
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    return model.eval(), tokenizer  # eval: no dropout, or what is scored is not what was sampled
+    model.eval()  # no dropout, or what is scored is not what was sampled
+    with torch.no_grad():
+        logits = model(torch.tensor([ends], device=device)).logits.float().log_softmax(-1)
+        ours = log_probs(model, completion_states(model, [ends], [ends])[:1], 1.0)
+    if not torch.allclose(logits[0, -1:], ours, atol=0.1):
+        raise Stop(f"the model {name} changes its logits after the output layer (caps or scales them): not supported")
+    return model, tokenizer
+
+
+CRITIQUES = Path("runs/critiques")  # what critics answered, for every run that asks the same again
+
+
+def open_critic(cfg: Config, model_name: str, model, tokenizer):
+    """ask(problems, attempts, prompts) -> [Critique], of the critic that the settings name."""
+    limits = cfg.critic_max_tokens, cfg.critic_batch
+    if cfg.critic == "scribe":
+        return scribe
+    if cfg.critic.startswith(("http://", "https://")):
+        answers = critic.http_critic(cfg.critic, cfg.critic_model, *limits, cfg.critic_timeout)
+    elif cfg.critic == model_name:  # the solver's own base: the same weights, adapters off
+        own = critic.local_critic(model, tokenizer, *limits)
+
+        def answers(prompts):
+            with adapters_off(model):
+                yield from own(prompts)
+
+    else:
+        answers = critic.local_critic(*load(cfg.critic, cfg.device), *limits)
+    who = hashlib.sha256(json.dumps([cfg.critic, cfg.critic_model, cfg.critic_max_tokens]).encode()).hexdigest()
+    return critic.remembering(answers, cfg.critic, CRITIQUES / f"{who[:12]}.jsonl")
 
 
 def open_run(cfg: Config) -> Path:
@@ -726,11 +916,24 @@ def restore(folder: Path, optimizer, adapters) -> dict:
 
 
 # ================================================================================ training
+def check_lengths(model, tokenizer, problems, cfg: Config) -> None:
+    """Raises Stop if the model has no room for a problem's prompt and the longest completion."""
+    for problem in itertools.chain(*problems):
+        [prompt] = build_prompts(tokenizer, [problem.problem], [None])
+        if len(prompt) + cfg.max_new_tokens > positions(model):
+            room = f"{len(prompt)} tokens of prompt and --max-new-tokens {cfg.max_new_tokens}"
+            raise Stop(f"the model takes {positions(model)} tokens, less than {room}: {problem.problem[:60]!r}")
+
+
 def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
     """Trains adapters on the model, keeps the best of them on validation; returns result.json's content."""
-    began, ask = time.time(), scribe
+    began = time.time()
     train_set, val_set, test_set = problems
     model, tokenizer = load(model_name, cfg.device)
+    check_lengths(model, tokenizer, problems, cfg)
+    ask = None if cfg.condition in WITHOUT_CRITIC else open_critic(cfg, model_name, model, tokenizer)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
@@ -788,7 +991,7 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
 
 
 # ================================================================================ the embedded base model
-BASE = {"steps": 700, "batch": 32, "lr": 2.5e-3, "known_facts": 18}
+BASE = {"steps": 700, "batch": 32, "lr": 2.5e-3, "known_facts": 16}
 ARCHITECTURE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8,
     "num_key_value_heads": 8, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.06,
@@ -945,14 +1148,11 @@ def main(argv=None) -> None:
         problems = problem_sets(cfg)
         out = open_run(cfg)
         print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg), problems))
-    except Stop as stop:
-        print(f"sd.py: {stop}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+    except (Stop, KeyboardInterrupt) as stop:
         kept = out and (out / "last" / "state.pt").exists()
         how = f": the best so far is in {out / 'best'}, and --resume goes on" if kept else ""
-        print(f"\nsd.py: interrupted{how}", file=sys.stderr)
-        sys.exit(130)
+        print(f"sd.py: {stop}{how}" if isinstance(stop, Stop) else f"\nsd.py: interrupted{how}", file=sys.stderr)
+        sys.exit(2 if isinstance(stop, Stop) else 130)
     finally:
         if out and not any(out.iterdir()):  # stopped before there was anything to keep
             out.rmdir()

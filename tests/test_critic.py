@@ -78,7 +78,7 @@ def test_an_attempt_that_cannot_be_read_gets_a_fresh_solution(attempt):
 
 
 def test_a_problem_of_another_kind_is_a_failure_and_no_text():
-    good, bad = scribe([PROBLEM, "How many sheep?"], [RIGHT, RIGHT])
+    good, bad = scribe([PROBLEM, "How many sheep?"], [RIGHT, RIGHT], ["", ""])
     assert good.text == RIGHT and not good.failure
     assert bad.text is None and "How many sheep?" in bad.failure
 

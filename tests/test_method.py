@@ -98,7 +98,7 @@ def rollouts_of(tiny, config, n=4, **settings):
     cfg = config(**settings)
     torch.manual_seed(1)
     rollouts = sd.sample_rollouts(model, tokenizer, sd.embedded_problems()[0][:n], cfg.group_size, cfg)
-    sd.give_contexts(rollouts, cfg.condition, scribe, model, tokenizer)
+    sd.give_contexts(rollouts, scribe, model, tokenizer, cfg)
     return rollouts, cfg
 
 
@@ -111,17 +111,17 @@ def test_shuffled_gives_each_rollout_the_critique_of_another_problem(tiny, confi
 @pytest.mark.parametrize("condition", ["reference", "answer", "empty", "grpo"])
 def test_the_critic_is_not_asked_where_nothing_needs_it(condition, tiny, config):
     rollouts, cfg = rollouts_of(tiny, config, condition="grpo", group_size=2)
-    sd.give_contexts(rollouts, condition, lambda *_: pytest.fail("asked"), *tiny)
+    sd.give_contexts(rollouts, lambda *_: pytest.fail("asked"), *tiny, config(condition=condition))
 
 
 def test_a_context_that_does_not_fit_the_models_positions_is_masked_and_never_cut(tiny, config):
-    rollouts, _ = rollouts_of(tiny, config, condition="reference")
+    rollouts, cfg = rollouts_of(tiny, config, condition="reference")
     needed = max(len(r.teacher_prompt) + len(r.completion) for r in rollouts)
     for limit, masked in (needed, False), (needed - 1, True):
         tiny[0].config.max_position_embeddings = limit
         for rollout in rollouts:
             rollout.context = rollout.teacher_prompt = None
-        sd.give_contexts(rollouts, "reference", scribe, *tiny)
+        sd.give_contexts(rollouts, scribe, *tiny, cfg)
         assert any(r.teacher_prompt is None for r in rollouts) is masked
         assert all((r.context is None) == (r.teacher_prompt is None) for r in rollouts)
 
@@ -243,7 +243,7 @@ def test_group_advantages_by_hand():
 def test_same_weights_and_no_context_is_an_advantage_of_exactly_zero(tiny, config):
     rollouts, cfg = rollouts_of(tiny, config, condition="empty")
     sd.add_adapters(tiny[0], 4, 8.0)
-    losses, advantages = sd.token_losses(tiny[0], rollouts, cfg)
+    _, losses, advantages, _ = sd.token_losses(tiny[0], rollouts, cfg)
     assert (advantages == 0).all() and (losses == 0).all()
     assert len(losses) == sum(len(r.completion) for r in rollouts)
 
@@ -310,8 +310,9 @@ def gradient_of_a_step(folder, config, ask=scribe, problems=None, **settings):
 
 
 def set_rewards(monkeypatch):
-    """A random model never solves a problem: reward by length, so that grpo has something to compare."""
-    monkeypatch.setattr(sd, "is_correct", lambda text, answer: len(text) % 2 == 0)
+    """A random model never solves a problem: reward by length too, so that grpo has something to compare."""
+    right = sd.is_correct
+    monkeypatch.setattr(sd, "is_correct", lambda text, answer: len(text) % 2 == 0 or right(text, answer))
 
 
 @pytest.mark.parametrize("condition", ["grpo", "critique"])
@@ -384,8 +385,8 @@ def test_equal_rewards_move_nothing_in_grpo(tiny_folder, config):
 
 
 def test_a_rollout_whose_critic_failed_is_masked_and_is_not_in_the_divisor(tiny_folder, config):
-    def half_deaf(problems, attempts):
-        return [Critique(None, failure="timed out")] + scribe(problems[1:], attempts[1:])
+    def half_deaf(problems, attempts, prompts):
+        return [Critique(None, failure="timed out")] + scribe(problems[1:], attempts[1:], prompts[1:])
 
     gradient, rollouts, metrics, _ = gradient_of_a_step(tiny_folder, config, half_deaf, condition="critique")
     assert metrics["masked"] == pytest.approx(1 / 3) and rollouts[0].advantages == []
@@ -393,13 +394,13 @@ def test_a_rollout_whose_critic_failed_is_masked_and_is_not_in_the_divisor(tiny_
     torch.manual_seed(0)
     adapters = sd.add_adapters(model, 4, 8.0)
     shake(model)
-    losses, _ = sd.token_losses(model, rollouts[1:], config(condition="critique"))
-    losses.mean().backward()
+    states, losses, _, gradient_of_sum = sd.token_losses(model, rollouts[1:], config(condition="critique"))
+    states.backward(gradient_of_sum / len(losses))
     torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in adapters]), atol=1e-6, rtol=1e-4)
 
 
 def test_a_step_without_any_teacher_changes_no_weight(tiny_folder, config):
-    def deaf(problems, attempts):
+    def deaf(problems, attempts, prompts):
         return [Critique(None, failure="refused")] * len(problems)
 
     gradient, _, metrics, _ = gradient_of_a_step(tiny_folder, config, deaf, condition="critique")

@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, tiny
 
     def bad_in_the_third_step(student, teacher):
         calls.append(1)
-        return good(student, teacher) * (float("nan") if len(calls) > 7 else 1)
+        return good(student, teacher) * (float("nan") if len(calls) > 3 else 1)
 
     monkeypatch.setitem(sd.DIVERGENCES, "forward_kl", bad_in_the_third_step)
     assert run(tmp_path / "run", tiny_folder, "--condition", "reference") == 2
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, tiny
 
 
 def test_a_step_that_nobody_criticised_is_said(tmp_path, tiny_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sd, "scribe", lambda problems, attempts: [Critique(None, failure="no answer")] * len(problems))
+    monkeypatch.setattr(sd, "scribe", lambda problems, attempts, prompts: [Critique(None, failure="no answer")] * len(problems))
     assert run(tmp_path / "run", tiny_folder) == 0
     assert "step 1: no rollout has a teacher" in capsys.readouterr().out
     assert {m["masked"] for m in lines(tmp_path / "run" / "metrics.jsonl") if m["step"]} == {1}
