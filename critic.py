@@ -20,7 +20,8 @@ each attempt. A failure is a value, `Critique(None, failure="why")`, and never t
 
 import hashlib, http.client, json, os, re, time, urllib.error, urllib.request  # noqa: E401
 from dataclasses import dataclass
-from itertools import zip_longest
+from fractions import Fraction
+from itertools import accumulate, zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -72,6 +73,81 @@ def join_steps(steps: list[str], answer) -> str:
     """Tags the steps 1, 2, 3, … and adds the answer."""
     tagged = [f"<step_{n}>{text}</step_{n}>" for n, text in enumerate(steps, 1)]
     return "".join(tagged) + f"<answer>{answer}</answer>"
+
+
+# ------------------------------------------------------------------------ answers, by value
+PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,234  0.5  .5
+LATEX_FRACTION = re.compile(rf"\\[dtc]?frac\s*(?:{{\s*(-?(?:{PLAIN}))\s*}}|([0-9]))\s*(?:{{\s*({PLAIN})\s*}}|([0-9]))")
+NUMBER = re.compile(rf"([+-]?)\s*(?:([0-9]+)\s+)?({PLAIN})\s*(?:/\s*({PLAIN}))?\s*(%?)")
+# What may stand around a number: a currency, words and units, "x =", degrees.
+AROUND = re.compile(r"[$€£*]|\b[^\W\d_]{2,}(?:\^\{?[23]\}?)?[:.]?(?=\s|$)|^.*=|\^\{?\\circ\}?|°")
+
+
+def number(text: str) -> Fraction | None:
+    """The value of 12, -0.5, 1,234, 1/2, 1 1/2 (mixed), \\frac12 or 50%; None of anything else."""
+    text = LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
+    match = NUMBER.fullmatch(text)
+    if not match or (match[2] and not match[4]):  # "1 2" is no number, "1 1/2" is one
+        return None
+    over, under = (Fraction(part.replace(",", "").rstrip(".")) for part in (match[3], match[4] or "1"))
+    if not under:
+        return None
+    value = (int(match[2] or 0) + over / under) * (-1 if match[1] == "-" else 1)
+    return value / 100 if match[5] else value
+
+
+def canonical(answer: str) -> str:
+    """One text for all spellings of an answer: of a number its value, as a fraction; else the text without dressing.
+
+    1/2, 0.5, \\frac12, $\\boxed{\\dfrac{1}{2}}$, 50\\% and "The answer is 0.50." agree. Sets, pairs and
+    expressions are compared as written, but for white space.
+    """
+    if len(answer) > 1000:
+        return "".join(answer.split())
+    text = answer
+    if (start := answer.rfind("\\boxed{")) >= 0:  # what it holds, up to the brace that closes it
+        text = answer[start + len("\\boxed") :]
+        depths = accumulate((c == "{") - (c == "}") for c in text)
+        text = text[1 : next((n for n, depth in enumerate(depths) if depth == 0), len(text))]
+    text = re.sub(r"\\(?:text|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\\left|\\right|\\[!,;: ()\[\]]|~", lambda m: "" if m[0] == "\\," else " ", text)
+    for spelling, plain in ("{,}", ","), ("\\%", "%"), ("\\$", "$"), ("\N{MINUS SIGN}", "-"):
+        text = text.replace(spelling, plain)
+    text = text.lstrip(" \t\n:$*").rstrip(" \t\n.,;:$*")
+    value = number(text)
+    value = number(AROUND.sub("", text).lstrip(" :").rstrip(" .,;:")) if value is None else value
+    if value is not None:
+        return str(value)
+    text = re.sub(r"(?i)^.*\banswer(?: is)?:?\s", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("$", "")
+    return " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split()).casefold()
+
+
+def extract_answer(completion: str) -> str | None:
+    """What stands in the last closed <answer>, in its canonical spelling, or None."""
+    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
+    return canonical(answers[-1]) if answers else None
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """The reward in training and the grade in evaluation: one and the same. Compares values, not spellings."""
+    return extract_answer(completion) == canonical(answer)
+
+
+def keeps_format(completion: str) -> bool:
+    """Does it have the steps 1, 2, 3, … and then an answer, each in tags of its own?"""
+    names = [step.name for step in parse_steps(completion)]
+    return len(names) > 1 and names == [f"step_{n}" for n in range(1, len(names))] + ["answer"]
+
+
+def no_walk(critique: str, answer: str) -> str:
+    """Why a text is not usable as a corrected walk, or "" if it is."""
+    names = [step.name for step in parse_steps(critique)]
+    if not any(name.startswith("step") for name in names):
+        return "no steps"
+    if "answer" not in names:
+        return "no answer"
+    return "" if is_correct(critique, answer) else "wrong answer"
 
 
 # ------------------------------------------------------------------------ last-digit arithmetic

@@ -33,7 +33,6 @@ import argparse, contextlib, dataclasses, hashlib, inspect, itertools, json  # n
 import math, os, random, re, shutil, sys, tempfile, time  # noqa: E401
 from collections import Counter
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -48,8 +47,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import critic
-from critic import OWN, PROBLEM, REFERENCE, Critique, Stop
-from critic import carry_on, factors, first_difference, join_steps, judge, parse_steps, scribe, spell, times
+from critic import OWN, PROBLEM, REFERENCE, Stop, carry_on, extract_answer, factors, first_difference, is_correct
+from critic import join_steps, judge, keeps_format, no_walk, parse_steps, scribe, spell, times
 
 
 # ================================================================================ config
@@ -138,7 +137,7 @@ def settled(cfg: Config) -> Config:
     )
 
 
-# ================================================================================ problems and grading
+# ================================================================================ problems
 @dataclass(frozen=True)
 class Problem:
     problem: str
@@ -200,67 +199,6 @@ def problem_sets(cfg: Config) -> tuple[list[Problem], list[Problem], list[Proble
     if shared := [text for text, n in texts.items() if n > 1]:
         raise Stop(f"training, validation and test problems must differ; twice there: {shared[0][:60]!r}")
     return train, rest[1], rest[0]
-
-
-PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,234  0.5  .5
-LATEX_FRACTION = re.compile(rf"\\[dtc]?frac\s*(?:{{\s*(-?(?:{PLAIN}))\s*}}|([0-9]))\s*(?:{{\s*({PLAIN})\s*}}|([0-9]))")
-NUMBER = re.compile(rf"([+-]?)\s*(?:([0-9]+)\s+)?({PLAIN})\s*(?:/\s*({PLAIN}))?\s*(%?)")
-AROUND = re.compile(r"[$€£*]|\b[^\W\d_]{2,}(?:\^\{?[23]\}?)?[:.]?(?=\s|$)|^.*=|\^\{?\\circ\}?|°")  # words, units, "x ="
-
-
-def number(text: str) -> Fraction | None:
-    """The value of 12, -0.5, 1,234, 1/2, 1 1/2 (mixed), \\frac12 or 50%; None of anything else."""
-    text = LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
-    match = NUMBER.fullmatch(text)
-    if not match or (match[2] and not match[4]):  # "1 2" is no number, "1 1/2" is one
-        return None
-    over, under = (Fraction(part.replace(",", "").rstrip(".")) for part in (match[3], match[4] or "1"))
-    if not under:
-        return None
-    value = (int(match[2] or 0) + over / under) * (-1 if match[1] == "-" else 1)
-    return value / 100 if match[5] else value
-
-
-def canonical(answer: str) -> str:
-    """One text for all spellings of an answer: of a number its value, as a fraction; else the text without dressing.
-
-    1/2, 0.5, \\frac12, $\\boxed{\\dfrac{1}{2}}$, 50\\% and "The answer is 0.50." agree. Sets, pairs and
-    expressions are compared as written, but for white space.
-    """
-    if len(answer) > 1000:
-        return "".join(answer.split())
-    text = answer
-    if (start := answer.rfind("\\boxed{")) >= 0:  # what it holds, up to the brace that closes it
-        text = answer[start + len("\\boxed") :]
-        depths = itertools.accumulate((c == "{") - (c == "}") for c in text)
-        text = text[1 : next((n for n, depth in enumerate(depths) if depth == 0), len(text))]
-    text = re.sub(r"\\(?:text|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\left|\\right|\\[!,;: ()\[\]]|~", lambda m: "" if m[0] == "\\," else " ", text)
-    text = text.replace("{,}", ",").replace("\\%", "%").replace("\N{MINUS SIGN}", "-").replace("\\$", "$").lstrip(" \t\n:$*").rstrip(" \t\n.,;:$*")
-    value = number(text)
-    value = number(AROUND.sub("", text).lstrip(" :").rstrip(" .,;:")) if value is None else value
-    if value is not None:
-        return str(value)
-    text = re.sub(r"(?i)^.*\banswer(?: is)?:?\s", "", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("$", "")
-    return " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split()).casefold()
-
-
-def extract_answer(completion: str) -> str | None:
-    """What stands in the last closed <answer>, in its canonical spelling, or None."""
-    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
-    return canonical(answers[-1]) if answers else None
-
-
-def is_correct(completion: str, answer: str) -> bool:
-    """The reward in training and the grade in evaluation: one and the same. Compares values, not spellings."""
-    return extract_answer(completion) == canonical(answer)
-
-
-def keeps_format(completion: str) -> bool:
-    """Does it have the steps 1, 2, 3, … and then an answer, each in tags of its own?"""
-    names = [step.name for step in parse_steps(completion)]
-    return len(names) > 1 and names == [f"step_{n}" for n in range(1, len(names))] + ["answer"]
 
 
 # ================================================================================ prompts
@@ -450,22 +388,12 @@ def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, 
 
 
 # ================================================================================ 2. contexts of rollouts
-def no_walk(critique: str, problem: Problem) -> str:
-    """Why a text is not usable as a corrected walk, or "" if it is."""
-    names = [step.name for step in parse_steps(critique)]
-    if not any(name.startswith("step") for name in names):
-        return "no steps"
-    if "answer" not in names:
-        return "no answer"
-    return "" if is_correct(critique, problem.answer) else "wrong answer"
-
-
 def ask_critic(rollouts: list[Rollout], ask, tokenizer) -> None:
     """Gives each rollout its critique, or why it has none."""
     prompts = [critic_prompt(r.problem, r.text) for r in rollouts]
     critiques = ask([r.problem.problem for r in rollouts], [r.text for r in rollouts], prompts)
     for rollout, critique in zip(rollouts, critiques, strict=True):
-        rollout.critic_failure = critique.failure or no_walk(critique.text, rollout.problem)
+        rollout.critic_failure = critique.failure or no_walk(critique.text, rollout.problem.answer)
         rollout.critique = None if rollout.critic_failure else critique.text
         rollout.critic_tokens = critique.tokens
         if critique.text and not critique.tokens:  # the scribe: what a model would read and write in its place

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-import sd
+import critic
 
 SAME = [  # (one spelling, another)
     ("1/2", "0.5"), ("1/2", ".5"), ("1/2", "0.50"), ("1/2", "50%"), ("1/2", r"50\%"), ("1/2", "50 %"),
@@ -34,28 +34,28 @@ OTHER = [
 
 @pytest.mark.parametrize("one, another", SAME)
 def test_spellings_of_one_value_agree(one, another):
-    assert sd.canonical(one) == sd.canonical(another)
-    assert sd.is_correct(f"<answer>{another}</answer>", one) and sd.is_correct(f"<answer>{one}</answer>", another)
+    assert critic.canonical(one) == critic.canonical(another)
+    assert critic.is_correct(f"<answer>{another}</answer>", one) and critic.is_correct(f"<answer>{one}</answer>", another)
 
 
 @pytest.mark.parametrize("one, another", OTHER)
 def test_other_values_do_not(one, another):
-    assert sd.canonical(one) != sd.canonical(another)
+    assert critic.canonical(one) != critic.canonical(another)
 
 
 @pytest.mark.parametrize("completion", ["", "3", r"\boxed{3}", "<answer>", "<answer>3", "<answer></answer>", "<step_1>3</step_1>"])
 def test_an_answer_that_is_not_in_its_tags_is_wrong_and_no_error(completion):
-    assert not sd.is_correct(completion, "3")
+    assert not critic.is_correct(completion, "3")
 
 
 def test_hostile_answers_raise_nothing_and_take_little_time():
     rng, parts = random.Random(0), ["\\frac", "{", "}", "1", ",", "234", ".", "/", "-", "%", "$", "\\boxed{", " ", "=", "x", "is", "٣", "\u202e", "\x00", "^", "("]
     began = time.monotonic()
     for _ in range(10_000):
-        sd.canonical("".join(rng.choices(parts, k=rng.randrange(60))))
+        critic.canonical("".join(rng.choices(parts, k=rng.randrange(60))))
     for part in (*parts, "1,", "1 ", "aa ", "\\boxed{{", "\\text{", "answer "):
-        sd.canonical(part * 100_000)
-        sd.canonical((part * 1000)[:1000])
+        critic.canonical(part * 100_000)
+        critic.canonical((part * 1000)[:1000])
     assert time.monotonic() - began < 20
 
 
@@ -71,4 +71,4 @@ def test_hostile_answers_raise_nothing_and_take_little_time():
     ],
 )
 def test_keeps_format(completion, kept):
-    assert sd.keeps_format(completion) is kept
+    assert critic.keeps_format(completion) is kept

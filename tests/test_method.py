@@ -310,9 +310,8 @@ def gradient_of_a_step(folder, config, ask=scribe, problems=None, **settings):
 
 
 def set_rewards(monkeypatch):
-    """A random model never solves a problem: reward by length too, so that grpo has something to compare."""
-    right = sd.is_correct
-    monkeypatch.setattr(sd, "is_correct", lambda text, answer: len(text) % 2 == 0 or right(text, answer))
+    """A random model never solves a problem: reward by length, so that grpo has something to compare."""
+    monkeypatch.setattr(sd, "is_correct", lambda text, answer: len(text) % 2 == 0)
 
 
 @pytest.mark.parametrize("condition", ["grpo", "critique"])
