@@ -1,8 +1,5 @@
 """Answers are compared by value, not by spelling."""
 
-import random
-import time
-
 import pytest
 
 import critic
@@ -46,17 +43,6 @@ def test_other_values_do_not(one, another):
 @pytest.mark.parametrize("completion", ["", "3", r"\boxed{3}", "<answer>", "<answer>3", "<answer></answer>", "<step_1>3</step_1>"])
 def test_an_answer_that_is_not_in_its_tags_is_wrong_and_no_error(completion):
     assert not critic.is_correct(completion, "3")
-
-
-def test_hostile_answers_raise_nothing_and_take_little_time():
-    rng, parts = random.Random(0), ["\\frac", "{", "}", "1", ",", "234", ".", "/", "-", "%", "$", "\\boxed{", " ", "=", "x", "is", "٣", "\u202e", "\x00", "^", "("]
-    began = time.monotonic()
-    for _ in range(10_000):
-        critic.canonical("".join(rng.choices(parts, k=rng.randrange(60))))
-    for part in (*parts, "1,", "1 ", "aa ", "\\boxed{{", "\\text{", "answer "):
-        critic.canonical(part * 100_000)
-        critic.canonical((part * 1000)[:1000])
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The scribe: the paper's four cases, both notations, and attempts that cannot be read."""
 
 import random
-import time
 
 import pytest
 
@@ -98,20 +97,6 @@ def test_parse_steps(text, found):
     steps = parse_steps(text)
     assert [(s.name, s.text) for s in steps] == found
     assert all(text[s.start : s.end] == f"<{s.name}>{s.text}</{s.name}>" for s in steps)
-
-
-def test_hostile_attempts_raise_nothing_and_take_linear_time():
-    """A pattern with a back-reference took minutes on ten thousand tags that open and never close."""
-    rng = random.Random(0)
-    pieces = ["<step_1>", "</step_1>", "<answer>", "</answer>", "3*7=1", "6×6→6", "9" * 50, "٣", "\x00", "\u202e", "{}", "%s"]
-    for _ in range(2000):
-        attempt = "".join(rng.choices(pieces, k=rng.randrange(20)))
-        judge(attempt)
-        assert corrected_walk(PROBLEM, attempt).endswith("<answer>9</answer>")
-    began = time.perf_counter()
-    for bomb in "<step_1>" * 12_000, "<" * 100_000, "<step_" + "1" * 100_000, "3*7=1" * 20_000, "</answer>" * 12_000:
-        corrected_walk(PROBLEM, bomb)
-    assert time.perf_counter() - began < 2
 
 
 def test_each_step_keeps_the_symbols_it_has():

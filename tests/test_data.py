@@ -30,6 +30,7 @@ GOOD = '{"problem": "p", "solution": "s", "answer": "1"}'
     [
         (GOOD + "\n{", "line 2: not JSON"),
         ("[" * 100_000, "line 1: not JSON"),
+        ('{"problem": "\\ud800", "solution": "s", "answer": "1"}', "line 1: not JSON"),
         (GOOD + "\n\n[1]", "line 3: expected an object"),
         ('{"problem": "p", "solution": "s"}', '"answer"'),
         ('{"problem": " ", "solution": "s", "answer": "1"}', '"problem"'),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import sd
-from critic import Critique, scribe
+from critic import Critique, join_steps, scribe
 
 PROBLEM = sd.Problem("3*7+8*4+6*6", "<step_1>6×6→6</step_1><answer>9</answer>", "9")
 CRITIQUE = "<step_1>3*7=1</step_1><answer>9</answer>"
@@ -52,6 +52,8 @@ RENDERED = {
     "reference": f"{HELPED}{PROBLEM.solution}<|assistant|>",
     "critique": f"{HELPED}{CRITIQUE}<|assistant|>",
     "answer": f"{HELPED}<answer>9</answer><|assistant|>",
+    "quote": f"{HELPED}<step_1>3*7=2</step_1> Step 1 is wrong. Correct: <step_1>3*7=1</step_1><|assistant|>",
+    "omit": f"{HELPED}Step 1 is wrong. Correct: <step_1>3*7=1</step_1><|assistant|>",
     "shuffled": f"{HELPED}{CRITIQUE}<|assistant|>",
     "empty": f"{HEAD}<|assistant|>",
 }
@@ -77,6 +79,21 @@ def test_the_rendered_prompt_of_every_context_literally(name, tiny):
     else:
         sd.build_prompts(recorder, [PROBLEM.problem], [context])
         assert recorder.texts == [RENDERED[name]]
+
+
+@pytest.mark.parametrize(
+    "attempt, quoted, omitted",
+    [
+        ("12", "{} Every step is correct.", "Step 1 is correct. Step 2 is correct. Every step is correct."),
+        ("1x", "{} Step 2 is wrong. Correct: <step_2>2</step_2>", "Step 1 is correct. Step 2 is wrong. Correct: <step_2>2</step_2>"),
+        ("x", "{} Step 1 is wrong. Correct: <step_1>1</step_1>", "Step 1 is wrong. Correct: <step_1>1</step_1>"),
+        ("", "{} Every step is correct.", "Every step is correct."),
+    ],
+)
+def test_quote_and_omit(attempt, quoted, omitted):
+    attempt, critique = (join_steps(list(steps), "").split("<answer>")[0] for steps in (attempt, "12"))
+    assert sd.CONTEXTS["quote"](PROBLEM, attempt, critique) == quoted.format(attempt)
+    assert sd.CONTEXTS["omit"](PROBLEM, attempt, critique) == omitted
 
 
 def test_without_a_context_student_and_teacher_prompts_agree(tiny):
