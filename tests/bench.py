@@ -21,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import sd
 from critic import scribe
 
+sd.transformers.utils.logging.set_verbosity_error()  # it warns that nothing ends a completion, which is meant
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -64,20 +65,20 @@ def peak(function) -> float:
     return (most - before) / 1e9
 
 
-def network(vocabulary=0):
-    """The embedded base's architecture, untrained, with its tokenizer or with a vocabulary of another size."""
+def network(vocabulary=0, **shape):
+    """The embedded base's architecture, untrained, with its tokenizer, or with another vocabulary or shape."""
     torch.manual_seed(0)
     tokenizer = sd.embedded_tokenizer()
     ends = dict(eos_token_id=[-1], pad_token_id=tokenizer.pad_token_id)  # never: every completion is as long as it may be
-    config = Qwen3Config(**sd.ARCHITECTURE | {"max_position_embeddings": 4096}, vocab_size=vocabulary or len(tokenizer))
-    model = Qwen3ForCausalLM(config).to(DEVICE).eval()
+    shape = sd.ARCHITECTURE | {"max_position_embeddings": 4096, "vocab_size": vocabulary or len(tokenizer)} | shape
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)).to(DEVICE).eval()
     model.generation_config = sd.GenerationConfig(**ends)
     return model, tokenizer
 
 
-def step_of(problems=32, tokens=48, vocabulary=0):
+def step_of(problems=32, tokens=48, vocabulary=0, **shape):
     """(a training step, its bare parts): generate, teacher forward, student forward and backward, nothing else."""
-    model, tokenizer = network(vocabulary)
+    model, tokenizer = network(vocabulary, **shape)
     cfg = sd.settled(sd.Config(problems_per_step=problems, max_new_tokens=tokens, device=DEVICE))
     optimizer = torch.optim.AdamW(sd.add_adapters(model, cfg.lora_rank, cfg.lora_alpha), lr=1e-9)
     batch = (sd.embedded_problems()[0] * 2)[:problems]
@@ -101,8 +102,11 @@ def step_of(problems=32, tokens=48, vocabulary=0):
 
 
 def bench_step():
-    whole, bare = clock(*step_of())
-    print(f"training step / (generate + teacher forward + student forward and backward): {whole / bare:.2f}")
+    larger = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
+    print("training step / (generate + teacher forward + student forward and backward):", end=" ")
+    for name, shape in {"embedded model": {}, "25 million parameters": larger}.items():
+        whole, bare = clock(*step_of(**shape))
+        print(f"{name} {whole / bare:.2f}", end=", " if not shape else "\n")
 
 
 def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):

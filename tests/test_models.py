@@ -125,6 +125,21 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradient(family, tmp_
     assert plain.abs().max() > 0 and little < much / 2
 
 
+@pytest.mark.parametrize("condition", ["grpo", "reference"])
+def test_a_bf16_model_trains_fp32_adapters_and_is_saved_in_bf16(condition, tmp_path, config, monkeypatch):
+    """As on CUDA."""
+    monkeypatch.setattr(sd, "is_correct", lambda text, answer: len(text) % 2 == 0)
+    model, tokenizer = sd.load(save(tmp_path / "model"), "cpu")
+    adapters = sd.add_adapters(model.bfloat16(), 2, 4.0)
+    before = [adapter.detach().clone() for adapter in adapters]
+    problems = [sd.Problem("What?", "so", "1"), sd.Problem("Why?", "so", "1")]
+    cfg = config(condition=condition, max_new_tokens=20)
+    _, metrics = sd.train_step(model, tokenizer, torch.optim.AdamW(adapters, lr=0.01), problems, None, cfg)
+    assert metrics["grad_norm"] > 0 and any(not torch.equal(a, b) for a, b in zip(before, adapters))
+    assert {a.dtype for a in adapters} == {torch.float32}
+    assert {w.dtype for w in sd.merged_state_dict(model).values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_one_bos_at_most_and_no_system_role(template, tmp_path):
     tokenizer = byte_tokenizer(template)

@@ -27,10 +27,9 @@ def result(runs, condition):
 def test_the_base_is_in_the_papers_band_and_can_read_a_worked_solution(runs):
     [base] = (runs / "base").iterdir()
     model, tokenizer = sd.load(str(base), "cpu")
-    train_set, _, test_set = sd.embedded_problems()
+    _, _, test_set = sd.embedded_problems()
     problems, cfg = test_set * 4, sd.settled(sd.Config())
-    # On the 282 training problems: 100 test problems leave a standard error of four points.
-    assert 8 <= sd.summarise(sd.evaluate(model, tokenizer, train_set, 12, 2, cfg))["avg"] <= 20
+    assert 8 <= result(runs, "critique")["base"]["avg"] <= 20
     for notation in OWN, REFERENCE:
         contexts = [join_steps(*carry_on(factors(p.problem), [], notation)) for p in problems]
         prompts = sd.build_prompts(tokenizer, [p.problem for p in problems], contexts)
