@@ -874,6 +874,26 @@ def start_logs(folder: Path, cfg: Config, model_name: str) -> None:
         (folder / name).write_text("")
 
 
+def log_step(folder: Path, line: dict, samples: list[dict]) -> None:
+    for name, rows in ("metrics", [line]), ("samples", samples):
+        with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as log:
+            log.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Ctrl-C and SIGTERM wait until the block has ended: what it writes is whole."""
+    waiting = []
+    handlers = {s: signal.signal(s, lambda *received: waiting.append(received)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if waiting:
+            handlers[waiting[0][0]](*waiting[0])
+
+
 def save(folder: Path, model, tokenizer, optimizer, adapters, state: dict, is_best: bool) -> None:
     """Writes last/, and best/ too if this is it. Each step has a seed of its own: no random state is kept."""
     if is_best:
@@ -957,27 +977,24 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
         if validates := step % cfg.eval_every == 0 or step == cfg.steps:
             groups = evaluate(model, tokenizer, val_set, cfg.val_samples, 1, cfg)
             line["val_avg"] = summarise(groups)["avg"]
-        samples = [sample_line(step, r, tokenizer) for r in rollouts[:3]]
-        for name, rows in ("metrics", [line]), ("samples", samples):
-            with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as log:
-                log.writelines(json.dumps(row) + "\n" for row in rows)
-        if validates:
-            state |= {"step": step, "seconds": time.time() - began}
-            is_best = line["val_avg"] > state["best_avg"]
-            if is_best:
-                state |= {"best_step": step, "best_avg": line["val_avg"]}
-            save(folder, model, tokenizer, optimizer, adapters, state, is_best)
+        with undisturbed():
+            log_step(folder, line, [sample_line(step, r, tokenizer) for r in rollouts[:3]])
+            if validates:
+                state |= {"step": step, "seconds": time.time() - began}
+                is_best = line["val_avg"] > state["best_avg"]
+                if is_best:
+                    state |= {"best_step": step, "best_avg": line["val_avg"]}
+                save(folder, model, tokenizer, optimizer, adapters, state, is_best)
         shown |= {name: line[name] for name in shown if name in line}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
     trained_in = time.time() - began
 
     show("after training", model, tokenizer, val_set[:2], ask, cfg)
-    best, _ = load(str(folder / "best"), cfg.device)
     tests = {}
     with adapters_off(model):
-        for name, tested in ("base", model), ("test", best):
-            title = f"testing, {name}"
-            tests[name] = summarise(evaluate(tested, tokenizer, test_set, cfg.test_samples, TEST_SEED, cfg, title))
+        for name, tested in ("base", model), ("test", load(str(folder / "best"), cfg.device)[0]):
+            groups = evaluate(tested, tokenizer, test_set, cfg.test_samples, TEST_SEED, cfg, f"testing, {name}")
+            tests[name] = summarise(groups)
     result = {"condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": state["best_step"]}
     result |= tests | {"k": cfg.test_samples, "best_val_avg": state["best_avg"], "train_seconds": trained_in}
     result["seconds"] = time.time() - began

@@ -395,6 +395,22 @@ def test_grpos_gradient_against_plain_autograd(tiny_folder, config, monkeypatch)
     assert {len(set(r.advantages)) for r in rollouts} == {1}  # the same at every token of a rollout
 
 
+@pytest.mark.parametrize("condition", ["grpo", "reference"])
+def test_an_empty_completion_and_one_that_was_cut_off_are_scored_as_they_are(condition, tiny, config, monkeypatch):
+    """The first is its end token alone, the second has none: nothing is added, and both are trained on."""
+    model, tokenizer = tiny
+    adapters = sd.add_adapters(model, 4, 8.0)
+    cut_off = tokenizer("<step_1>3*7", add_special_tokens=False)["input_ids"]
+    completions = [[tokenizer.eos_token_id], cut_off]
+    monkeypatch.setattr(sd, "sample", lambda *_: completions)
+    monkeypatch.setattr(sd, "is_correct", lambda text, answer: text == "")  # so that grpo has something to compare
+    cfg = config(condition=condition, group_size=2)
+    rollouts, metrics = sd.train_step(model, tokenizer, torch.optim.AdamW(adapters), [PROBLEM], None, cfg)
+    assert [r.text for r in rollouts] == ["", "<step_1>3*7"] and metrics["length"] == (1 + len(cut_off)) / 2
+    assert [len(r.advantages) for r in rollouts] == [1, len(cut_off)]
+    assert metrics["masked"] == metrics["format"] == 0 and metrics["grad_norm"] > 0
+
+
 def test_equal_rewards_move_nothing_in_grpo(tiny_folder, config):
     gradient, rollouts, metrics, _ = gradient_of_a_step(tiny_folder, config, condition="grpo")
     assert metrics["reward"] == 0 and metrics["loss"] == 0 and not gradient.any()

@@ -54,6 +54,21 @@ def test_control_c_and_sigterm_keep_a_usable_run_and_a_second_run_is_refused_mea
     assert all(json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
 
 
+def test_a_signal_waits_until_what_is_being_written_is_whole():
+    signal.signal(signal.SIGTERM, sd.terminated)
+    for number in signal.SIGINT, signal.SIGTERM:
+        done = []
+        with pytest.raises(KeyboardInterrupt):
+            with sd.undisturbed():
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
+                done.append(number)
+        assert done == [number]
+    with sd.undisturbed():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is sd.terminated
+
+
 def stopped(folder, model, monkeypatch, error):
     """A run that stops in its third step."""
     step, calls = sd.train_step, []
