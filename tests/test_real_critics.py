@@ -194,7 +194,8 @@ def test_an_answer_is_paid_for_once_also_after_a_line_that_was_cut_short(tmp_pat
     again = critic.remembering(answers, "judge", file)
     assert again([""] * 3, [""] * 3, ["c", "b", "d"]) == [Critique("C", "", 7), Critique("B", "", 7), Critique("D", "", 7)]
     assert asked == ["a", "b", "c", "c", "d"]  # a failure is asked again
-    assert [c.text for c in critic.remembering(answers, "judge", file)([""], [""], ["d"])] == ["D"] and len(asked) == 5
+    third = critic.remembering(answers, "judge", file)
+    assert [c.text for c in third([""] * 2, [""] * 2, ["c", "d"])] == ["C", "D"] and len(asked) == 5
 
 
 # ------------------------------------------------------------------------ in process
