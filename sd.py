@@ -23,7 +23,7 @@ One training step, and the function that takes it:
 
 What is left out: GRPO's ratio clipping (one update per batch of rollouts: the ratio is 1) and its
 average over each rollout before that over rollouts (here all tokens of a step count the same), a KL
-penalty, learning-rate schedules, and anything beyond one device.
+penalty, learning-rate schedules, and models that do not fit on one device.
 
 Shapes: B rollouts, each with P prompt and T completion tokens; L = max(P + T); N completion tokens
 of all B rollouts, one rollout after another, no padding; H hidden size; V vocabulary size.
@@ -41,6 +41,7 @@ except ImportError:
     fcntl = None  # Windows: two runs into one folder are not noticed there
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
@@ -130,7 +131,7 @@ def settled(cfg: Config) -> Config:
         raise Stop(f"--critic {cfg.critic}: name the model that the server runs with --critic-model")
     if cfg.critic == "scribe" and cfg.data and cfg.condition not in WITHOUT_CRITIC:
         raise Stop("--critic scribe knows the embedded task only: for --data name a model or a server with --critic")
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = cfg.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -354,6 +355,27 @@ def merged_state_dict(model) -> dict:
     return state
 
 
+# ================================================================================ several GPUs
+# `torchrun --nproc_per_node N sd.py …` starts N of these processes. Each samples and scores every Nth problem, and
+# their gradients are added up. Alone, with N = 1, nothing below differs.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def of_all_processes(items: list) -> list:
+    """The items of all processes, one process after another, in every process."""
+    parts = [items]
+    if PROCESSES > 1:
+        parts = [None] * PROCESSES
+        dist.all_gather_object(parts, items)
+    return list(itertools.chain(*parts))
+
+
+def add_up_gradients(adapters: list[nn.Parameter]) -> None:
+    for adapter in adapters if PROCESSES > 1 else ():
+        adapter.grad = torch.zeros_like(adapter) if adapter.grad is None else adapter.grad
+        dist.all_reduce(adapter.grad)
+
+
 # ================================================================================ 1. rollouts
 def positions(model) -> float:
     """How many tokens the model can take."""
@@ -393,7 +415,7 @@ def sample(model, prompts: list[list[int]], cfg: Config, title="") -> list[list[
     Samples from the distribution that is scored later: temperature only, no top-k, no top-p.
     """
     completions, settings = [], model.generation_config
-    for start in tqdm(range(0, len(prompts), cfg.gen_batch), title, disable=not title, leave=False):
+    for start in tqdm(range(0, len(prompts), cfg.gen_batch), title, disable=not title or RANK > 0, leave=False):
         batch = prompts[start : start + cfg.gen_batch]
         width = max(map(len, batch))
         ids = [[settings.pad_token_id] * (width - len(p)) + p for p in batch]
@@ -409,8 +431,10 @@ def sample(model, prompts: list[list[int]], cfg: Config, title="") -> list[list[
 
 
 def sample_rollouts(model, tokenizer, problems: list[Problem], group_size: int, cfg: Config, title="") -> list[Rollout]:
-    """group_size graded rollouts of each problem, the first problem's first."""
-    problems = [p for p in problems for _ in range(group_size)]
+    """group_size graded rollouts of each problem that falls to this process, the first problem's first."""
+    problems = [p for p in problems[RANK::PROCESSES] for _ in range(group_size)]
+    if not problems:
+        return []
     prompts = build_prompts(tokenizer, [p.problem for p in problems], [None] * len(problems))
     completions = sample(model, prompts, cfg, title)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -590,7 +614,7 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: C
     trained = rollouts if cfg.condition == "grpo" else [r for r in rollouts if r.teacher_prompt is not None]
 
     # A mean over all tokens of the step, however it is cut: the gradient does not depend on micro_batch.
-    step_tokens = sum(len(r.completion) for r in trained)
+    step_tokens = sum(of_all_processes([len(r.completion) for r in trained]))
     loss = 0.0
     for start in range(0, len(trained), cfg.micro_batch):
         batch = trained[start : start + cfg.micro_batch]
@@ -600,12 +624,16 @@ def train_step(model, tokenizer, optimizer, problems: list[Problem], ask, cfg: C
         for rollout, values in zip(batch, advantages.split([len(r.completion) for r in batch])):
             rollout.advantages = values.tolist()
 
+    loss = sum(of_all_processes([loss]))
+    rollouts = of_all_processes(rollouts)
     adapters = [p for group in optimizer.param_groups for p in group["params"]]
+    if step_tokens:  # without a rollout to train on there is no gradient, and AdamW changes nothing
+        add_up_gradients(adapters)
     grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad()
         raise Stop(f"loss is {loss} and the gradient's norm {grad_norm}: stopped. A lower --lr may help")
-    optimizer.step()  # with no rollout to train on there is no gradient, and AdamW changes nothing
+    optimizer.step()
     optimizer.zero_grad()
     return rollouts, step_metrics(rollouts, loss, grad_norm)
 
@@ -668,8 +696,8 @@ def summarise(groups: list[list[Rollout]]) -> dict:
 
 def evaluate(model, tokenizer, problems: list[Problem], k: int, seed: int, cfg: Config, title="") -> list[list[Rollout]]:
     """k rollouts of each problem: [problems][k]. The same seed draws the same random numbers."""
-    torch.manual_seed(seed)
-    rollouts = sample_rollouts(model, tokenizer, problems, k, cfg, title)
+    torch.manual_seed(seed + 7919 * RANK)
+    rollouts = of_all_processes(sample_rollouts(model, tokenizer, problems, k, cfg, title))
     return [rollouts[i : i + k] for i in range(0, len(rollouts), k)]
 
 
@@ -828,7 +856,7 @@ def open_run(cfg: Config):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        if fcntl:
+        if fcntl and RANK == 0:
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
     except BlockingIOError:
@@ -839,9 +867,9 @@ def open_run(cfg: Config):
         check_resume(folder, cfg)
         yield folder
     finally:
-        if not any(folder.iterdir()):  # stopped before there was anything to keep
+        if RANK == 0 and not any(folder.iterdir()):  # stopped before there was anything to keep
             folder.rmdir()
-        if fcntl:
+        if fcntl and RANK == 0:
             os.close(handle)
 
 
@@ -918,6 +946,8 @@ def restore(folder: Path, model_name: str, optimizer, adapters) -> dict:
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:  # torch raises whatever it likes
         raise Stop(f"cannot resume {folder}: last/state.pt is damaged: {(str(error) or repr(error)).splitlines()[0]}") from None
+    if RANK > 0:
+        return state
     if (folder / "best.old").exists() and not (folder / "best").exists():  # it stopped between `replacing`'s renames
         (folder / "best.old").rename(folder / "best")
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -954,7 +984,8 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
         state = restore(folder, model_name, optimizer, adapters)
         began -= state["seconds"]
     else:
-        start_logs(folder, cfg, model_name)
+        if RANK == 0:
+            start_logs(folder, cfg, model_name)
         state = {"step": -1, "best_step": 0, "best_avg": -1.0, "seconds": 0.0}
         show("before training", model, tokenizer, val_set[:2], ask, cfg)
 
@@ -964,11 +995,11 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
         order += rng.sample(train_set, len(train_set))
     shown = {"loss": math.nan, "reward": math.nan, "val_avg": state["best_avg"]}
     steps = range(state["step"] + 1, cfg.steps + 1)  # step 0 only validates: the base may be the best
-    bar = tqdm(steps, desc=cfg.condition, initial=steps.start, total=cfg.steps + 1)
+    bar = tqdm(steps, desc=cfg.condition, initial=steps.start, total=cfg.steps + 1, disable=RANK > 0)
     for step in bar:
         line, rollouts = {"step": step}, []
         if step > 0:
-            torch.manual_seed(1_000_003 * cfg.seed + step)
+            torch.manual_seed(1_000_003 * cfg.seed + step + 7919 * RANK)
             batch = order[(step - 1) * cfg.problems_per_step : step * cfg.problems_per_step]
             rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
             line |= metrics
@@ -977,13 +1008,14 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
         if validates := step % cfg.eval_every == 0 or step == cfg.steps:
             groups = evaluate(model, tokenizer, val_set, cfg.val_samples, 1, cfg)
             line["val_avg"] = summarise(groups)["avg"]
+        is_best = validates and line["val_avg"] > state["best_avg"]
+        if is_best:
+            state |= {"best_step": step, "best_avg": line["val_avg"]}
         with undisturbed():
-            log_step(folder, line, [sample_line(step, r, tokenizer) for r in rollouts[:3]])
-            if validates:
+            if RANK == 0:
+                log_step(folder, line, [sample_line(step, r, tokenizer) for r in rollouts[:3]])
+            if RANK == 0 and validates:
                 state |= {"step": step, "seconds": time.time() - began}
-                is_best = line["val_avg"] > state["best_avg"]
-                if is_best:
-                    state |= {"best_step": step, "best_avg": line["val_avg"]}
                 save(folder, model, tokenizer, optimizer, adapters, state, is_best)
         shown |= {name: line[name] for name in shown if name in line}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
@@ -998,8 +1030,9 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
     result = {"condition": cfg.condition, "seed": cfg.seed, "steps": cfg.steps, "best_step": state["best_step"]}
     result |= tests | {"k": cfg.test_samples, "best_val_avg": state["best_avg"], "train_seconds": trained_in}
     result["seconds"] = time.time() - began
-    with replacing(folder / "result.json") as new:
-        new.write_text(json.dumps(result, indent=2) + "\n")
+    if RANK == 0:
+        with replacing(folder / "result.json") as new:
+            new.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -1091,7 +1124,7 @@ def build_base(folder: Path, cfg: Config) -> None:
     model = Qwen3ForCausalLM(architecture).to(cfg.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE["lr"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE["lr"], total_steps=BASE["steps"])
-    bar = tqdm(range(BASE["steps"]), desc="base model, built once")
+    bar = tqdm(range(BASE["steps"]), desc="base model, built once", disable=RANK > 0)
     for step in bar:
         with_context = step % 2 == 1
         samples = [pretraining_sample(rng, known, cfg.drift, with_context) for _ in range(BASE["batch"])]
@@ -1160,8 +1193,14 @@ def main(argv=None) -> None:
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, terminated)
     out = Path(os.devnull)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         cfg = parse_args(argv)
+        if PROCESSES > 1:
+            if cfg.device.startswith("cuda"):
+                torch.cuda.set_device(cfg.device)
+            dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         print(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items() if value != ""))
         problems = problem_sets(cfg)
         with open_run(cfg) as out:
