@@ -25,6 +25,7 @@ from sd import CONTEXTS, Problem, Rollout, Stop
 KEPT = Path("runs/eval")  # sampled attempts, to be used again
 PLACES = ("before", "in", "after")  # the first wrong step
 KINDS = ("right step", "wrong value", "rest of wrong step", "answer")  # where steps can be checked
+TOKENS = ("solver_tokens", "teacher_tokens", "critic_tokens")
 METRICS = {"pass": "Pass@{}", "maj": "Maj@{}", "avg": "Avg@{}", "length": "tokens"}
 
 
@@ -35,7 +36,8 @@ class Subject:
     model: str  # folder or hub id of its weights: of a run, the best checkpoint
     base: str  # the model it was trained from, which is also its teacher; of a plain model, itself
     cfg: sd.Config | None = None  # of a run: its settings
-    curve: tuple = ()  # of a run: (step, validation Avg) where it validated
+    curve: tuple = ()  # of a run: ({"step", "rollouts", "tokens": all read or written so far}, validation Avg)
+    cost: tuple = ()  # of a run: rollouts, each of TOKENS, seconds
 
 
 def open_subject(name: str) -> Subject:
@@ -55,13 +57,22 @@ def open_subject(name: str) -> Subject:
         raise Stop(f"{name}: config.json or metrics.jsonl cannot be read: {error}") from None
     if not (folder / "best").is_dir():
         raise Stop(f"{name} has no checkpoint yet, not even its first: let it run a little longer")
-    if not (folder / "result.json").exists():
+    seconds = math.nan
+    if (folder / "result.json").exists():
+        seconds = json.loads((folder / "result.json").read_text(encoding="utf-8"))["train_seconds"]
+    else:
         last = metrics[-1]["step"] if metrics else 0
         print(f"{name} never finished (step {last} of {settings['steps']}): its best checkpoint so far is taken")
     known = {f.name for f in dataclasses.fields(sd.Config)}
     cfg = sd.Config(**{key: value for key, value in settings.items() if key in known})
-    curve = tuple((line["step"], line["val_avg"]) for line in metrics if "val_avg" in line)
-    return Subject(name, str(folder / "best"), settings["base_model"], cfg, curve)
+    curve, rollouts, tokens = [], 0, dict.fromkeys(TOKENS, 0)
+    for line in metrics:
+        rollouts = line["step"] * cfg.problems_per_step * cfg.group_size
+        tokens = {kind: count + line.get(kind, 0) for kind, count in tokens.items()}
+        if "val_avg" in line:
+            curve.append(({"step": line["step"], "rollouts": rollouts, "tokens": sum(tokens.values())}, line["val_avg"]))
+    cost = (rollouts, *tokens.values(), seconds)
+    return Subject(name, str(folder / "best"), settings["base_model"], cfg, tuple(curve), cost)
 
 
 def rows_of(subjects: list[Subject]) -> dict[str, list[Subject]]:
@@ -282,6 +293,14 @@ def result_tables(measured: dict, k: int, problems: int) -> list[Table]:
     ]
 
 
+def cost_table(rows: dict[str, list[Subject]]) -> Table:
+    costs = {label: [s.cost for s in subjects if s.cost] for label, subjects in rows.items()}
+    means = {label: [sum(column) / len(column) for column in zip(*runs)] for label, runs in costs.items() if runs}
+    cells = [[label, *("–" if math.isnan(n) else f"{n:,.0f}" for n in mean)] for label, mean in means.items()]
+    title = "what training took, mean of the seeds; tokens are read or written"
+    return Table(title, ["", "rollouts", "solver's tokens", "teacher's", "critic's", "seconds"], cells)
+
+
 def advantage_tables(result: dict) -> list[Table]:
     def table(title, quantities, digits, with_tokens=False):
         contexts = [c for c in result if with_tokens or c != "tokens"]
@@ -326,24 +345,25 @@ def escape(text: str) -> str:
 LINES = (("#0072b2", ""), ("#d55e00", "7 3"), ("#009e73", "2 3"), ("#cc79a7", "9 3 2 3"))  # colour, dashes
 
 
-def curve_chart(rows: dict[str, list[Subject]], x_label: str, per_step) -> str:
-    """An SVG of validation Avg against x = step * per_step(settings): mean over seeds, lowest to highest as a band."""
+def curve_chart(rows: dict[str, list[Subject]], x_label: str) -> str:
+    """An SVG of validation Avg against "step", "rollouts" or "tokens": mean over seeds, lowest to highest as a band."""
     series = {}
     for label, subjects in rows.items():
-        curves = [dict(s.curve) for s in subjects if s.curve]
-        steps = sorted(set.intersection(*map(set, curves))) if curves else []
-        if steps:
-            series[label] = [(n * per_step(subjects[0].cfg), [curve[n] for curve in curves]) for n in steps]
+        curves = [s.curve for s in subjects if s.curve]
+        for points in zip(*curves):  # of every seed at one step
+            x = sum(spent[x_label] for spent, _ in points) / len(points)
+            series.setdefault(label, []).append((x, [value for _, value in points]))
     right = max([x for points in series.values() for x, _ in points] + [1])
     tick = 10 ** math.floor(math.log10(right))
-    tick = next(t for t in (tick, tick / 2, tick / 5) if right / t >= 3)
+    tick = next(t for t in (5 * tick, 2 * tick, tick, tick / 2, tick / 5) if right / t >= 3)
+    unit, k = (1000, "k") if right >= 1e5 else (1, "")
     at_x, at_y = (lambda x: 40 + 290 * x / right), (lambda y: 220 - 2.05 * y)
     parts = []
     for y in range(0, 101, 20):
         parts.append(f'<path d="M40 {at_y(y)}H330" stroke="currentColor" stroke-opacity=".18"/>')
         parts.append(f'<text x="34" y="{at_y(y) + 4}" text-anchor="end">{y}</text>')
     for n in range(int(right / tick) + 1):
-        parts.append(f'<text x="{at_x(n * tick):.1f}" y="238" text-anchor="middle">{n * tick:,.0f}</text>')
+        parts.append(f'<text x="{at_x(n * tick):.1f}" y="238" text-anchor="middle">{n * tick / unit:,.0f}{k}</text>')
     parts.append(f'<text x="185" y="258" text-anchor="middle">{escape(x_label)}</text>')
     names = []  # (x and y of the line's end, label)
     for (label, points), (colour, dashes) in zip(series.items(), LINES * len(series)):
@@ -361,7 +381,8 @@ def curve_chart(rows: dict[str, list[Subject]], x_label: str, per_step) -> str:
     lowest = -math.inf
     for x, y, label in sorted(names, key=lambda name: name[1]):
         lowest = max(y + 4, lowest + 14)  # labels do not overlap
-        parts.append(f'<text x="{x + 8:.1f}" y="{lowest:.1f}" font-weight="600">{escape(label)}</text>')
+        halo = 'stroke="Canvas" stroke-width="4" stroke-linejoin="round" paint-order="stroke"'  # above a curve that goes on
+        parts.append(f'<text x="{x + 8:.1f}" y="{lowest:.1f}" font-weight="600" {halo}>{escape(label)}</text>')
     return svg(430, 264, f"validation Avg against {x_label}", parts)
 
 
@@ -428,7 +449,7 @@ STYLE = """
 :root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:auto;padding:1rem}
 figure{margin:1.5rem 0;break-inside:avoid}
-.pair{display:flex;flex-wrap:wrap;gap:1rem 2rem}.pair>*{flex:1 1 22rem;min-width:0}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(22rem,100%),1fr));gap:1rem 2rem}.pair>*{min-width:0}
 svg{width:100%;height:auto;max-width:34rem;display:block}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0}
 caption{text-align:left;font-weight:600;white-space:nowrap}td,th{padding:.15rem .8rem .15rem 0;white-space:pre;text-align:right}
@@ -449,15 +470,15 @@ def example(rollout: Rollout, located: tuple, advantages: dict[str, list[float]]
 
 
 def page(tables: list[Table], rows: dict, advantage: list[Table], examples: list[str], of: str, command: str) -> str:
-    rollouts = lambda cfg: cfg.problems_per_step * cfg.group_size  # noqa: E731
-    curves = [curve_chart(rows, "step", lambda cfg: 1), curve_chart(rows, "rollouts sampled", rollouts)]
+    curves = [curve_chart(rows, x) for x in ("step", "rollouts", "tokens")]
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>Self-distillation from feedback</title><style>{STYLE}</style>
 <h1>Self-distillation from feedback</h1>
 <p>A model learns from itself: a frozen copy with a context in its prompt says at every token of an attempt what it
 would have written. What the context is makes the difference.</p>
 <h2>Results</h2>{"".join(map(as_html, tables))}
-<h2>Learning curves</h2><p>Avg on the validation problems, mean of the seeds; the band is from the lowest to the highest.</p>
+<h2>Learning curves</h2><p>Avg on the validation problems, mean of the seeds; the band is from the lowest
+to the highest. Against steps, against attempts sampled, and against all tokens that solver, teacher and critic read or wrote.</p>
 <div class=pair>{"".join(curves)}</div>
 <h2>What each context says of the same tokens</h2>
 <p>A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of {escape(of)}, in nats.
@@ -530,6 +551,7 @@ def report(args, command: str) -> None:
         numbers["results"] = measure(rows, problems, args.k, args.seed, cfg)
         numbers["differences"] = differences(numbers["results"])
         tables = result_tables(numbers["results"], args.k, len(problems))
+        tables += [cost_table(rows)] if any(s.cost for s in subjects) else []
         print(*map(as_text, tables), sep="\n")
     if args.keep_band:
         *_, one = numbers["results"].values()

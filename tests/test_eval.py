@@ -163,7 +163,8 @@ def test_hostile_text_leaves_the_pages_structure_intact(hostile):
         pieces = [text[i : i + 9] for i in range(0, len(text), 9)]
         located = (pieces, ["in"] * len(pieces), [""] * len(pieces))
         figure = evaluation.example(rollout, located, {text: [-1.0] * len(pieces)})
-        curve = evaluation.curve_chart({text: [evaluation.Subject(text, "", "", sd.Config(), ((0, 10.0), (10, 20.0)))]}, text, lambda cfg: 1)
+        points = (({text: 0}, 10.0), ({text: 10}, 20.0))
+        curve = evaluation.curve_chart({text: [evaluation.Subject(text, "", "", sd.Config(), points)]}, text)
         for picture in (part[part.index("<svg") : part.index("</svg>") + 6] for part in (figure, curve)):
             ElementTree.fromstring(picture)  # well-formed: it can stand in a file of its own
         table = evaluation.Table(text, [text], [[text]])
@@ -211,6 +212,13 @@ def test_the_table_repeats_what_training_printed_and_samples_once(runs, monkeypa
         assert numbers["results"]["grpo"][metric]["mean"] == pytest.approx(trained[2]["test"][metric])
         assert numbers["results"]["base"][metric]["mean"] == pytest.approx(trained[2]["base"][metric])
     assert "its 2 seeds" in first and "grpo − critique" in first
+    took = first[first.index("what training took") :].splitlines()[2:4]
+    assert [line.split()[:2] for line in took] == [["critique", "12"], ["grpo", "96"]]  # 4 steps of 3 problems; 8 each in grpo
+    for line, name in zip(took, ("critique", "grpo")):
+        folders = [f for f in (runs / "runs").iterdir() if f.name.startswith(name)]
+        steps = [json.loads(text) for f in folders for text in (f / "metrics.jsonl").read_text().splitlines()]
+        for kind, printed in zip(evaluation.TOKENS, line.split()[2:]):
+            assert printed == f"{sum(step.get(kind, 0) for step in steps) / len(folders):,.0f}"
     assert "critique" in Structure((runs / "page.html").read_text()).text
     monkeypatch.setattr(sd, "evaluate", None)  # nothing is sampled again
     assert status(*command) == 0
