@@ -845,8 +845,8 @@ def open_critic(cfg: Config, model_name: str, model, tokenizer):
 
 # What a resumed run may have otherwise: how the work is done, and not what is done. But for rounding it comes to the
 # same numbers, save where another gen_batch draws other random ones.
-FREE = {"resume", "out", "device", "gen_batch", "micro_batch", "chunk", "gradient_checkpointing", "critic_batch"}
-FREE |= {"critic_timeout"}
+FREE = {"resume", "out", "device", "gen_batch", "micro_batch", "chunk", "gradient_checkpointing"}
+FREE |= {"critic_batch", "critic_timeout"}
 
 
 @contextlib.contextmanager
