@@ -101,7 +101,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, tiny_folder
     assert stopped(tmp_path / "run", tiny_folder, monkeypatch, OSError(28, "No space left on device", "metrics.jsonl")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "No space left" in error and "metrics.jsonl" in error and "--resume" in error
+    state = tmp_path / "run" / "last" / "state.pt"
+    torch.save(torch.load(state, weights_only=True) | {"seconds": 1000.0}, state)
     assert run(tmp_path / "run", tiny_folder, "--resume") == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["train_seconds"] > 1000  # both parts of the run
 
 
 @pytest.mark.parametrize(
