@@ -1207,6 +1207,8 @@ def main(argv=None) -> None:
         problems = problem_sets(cfg)
         with open_run(cfg) as out:
             print_result(cfg, train(cfg, out, cfg.model or embedded_base(cfg), problems))
+        if PROCESSES > 1:
+            dist.destroy_process_group()  # left to the interpreter's end, it now and then aborts there
     except (Stop, KeyboardInterrupt, torch.OutOfMemoryError, OSError) as stop:
         said = str(stop) or "interrupted"
         if isinstance(stop, torch.OutOfMemoryError):
