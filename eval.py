@@ -490,6 +490,9 @@ Below zero the context says: change this token. The first wrong step has a bar a
 
 
 # ================================================================================ command line
+OVERRIDES = ("temperature", "max_new_tokens", "gen_batch", "micro_batch")
+
+
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -508,7 +511,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", metavar="FILE", help="where to write what --keep-band keeps")
     parser.add_argument("--k", type=int, default=12, help="attempts at each problem (12)")
     parser.add_argument("--seed", type=int, default=sd.TEST_SEED, help="of sampling (%(default)s, as in sd.py)")
-    for name in ("temperature", "max_new_tokens", "device"):
+    for name in (*OVERRIDES, "device"):
         kind = type(getattr(sd.Config, name))
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="instead of the first run's")
     args = parser.parse_args(argv)
@@ -524,7 +527,7 @@ def parse_args(argv=None):
 def settings(subjects: list[Subject], args) -> sd.Config:
     """How everything in one table is sampled: as the first run, but for what the command line says."""
     cfg = next((s.cfg for s in subjects if s.cfg), sd.Config())
-    given = {n: getattr(args, n) for n in ("temperature", "max_new_tokens") if getattr(args, n) is not None}
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     return sd.settled(dataclasses.replace(cfg, **given, device=args.device or ""))
 
 

@@ -242,7 +242,7 @@ def test_keep_band_writes_the_problems_that_are_solved_that_often(band, kept, ti
     monkeypatch.chdir(tmp_path)
     rows = [{"problem": f"{n}*7+1*1", "solution": "½", "answer": "none"} for n in range(3)]
     Path("all.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = "--data all.jsonl --k 2 --max-new-tokens 4 --device cpu --out hard.jsonl --keep-band"
+    flags = "--data all.jsonl --k 2 --max-new-tokens 4 --gen-batch 3 --device cpu --out hard.jsonl --keep-band"
     evaluation.main([str(tiny_folder), *flags.split(), *band])
     assert [json.loads(line) for line in Path("hard.jsonl").read_text(encoding="utf-8").splitlines()] == rows[:kept]
     assert f"{kept} of 3 problems" in capsys.readouterr().out
@@ -273,6 +273,7 @@ def test_bad_input_is_one_line_and_status_2(runs, capsys):
         (("runs/grpo", "--k", 1, "--json", "nowhere/numbers.json"), "nowhere"),
         (("nowhere/at/all",), "nowhere/at/all"),
         (("runs/grpo", "--temperature", -1), "--temperature"),
+        (("runs/grpo", "--gen-batch", 0), "--gen-batch"),
         (("runs/grpo", "--keep-band", 0, 1), "--keep-band needs"),
     ]:
         assert status(*args) == 2, args
