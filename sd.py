@@ -986,10 +986,10 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
         state = restore(folder, model_name, optimizer, adapters)
         began -= state["seconds"]
     else:
+        state = {"step": -1, "best_step": 0, "best_avg": -1.0, "seconds": 0.0}
+        show("before training", model, tokenizer, val_set[:2], ask, cfg)  # a critic that is not there stops it here
         if RANK == 0:
             start_logs(folder, cfg, model_name)
-        state = {"step": -1, "best_step": 0, "best_avg": -1.0, "seconds": 0.0}
-        show("before training", model, tokenizer, val_set[:2], ask, cfg)
 
     # The training problems in a new order every epoch, one epoch after another.
     rng, order = random.Random(cfg.seed), []

@@ -318,6 +318,13 @@ def test_a_run_with_a_server_masks_what_failed_and_asks_nothing_twice(tmp_path, 
         assert file.is_dir() or b"very-secret" not in file.read_bytes()
 
 
+def test_a_server_that_is_not_there_leaves_nothing_behind(tmp_path, tiny_folder, capsys):
+    with server(lambda h, body, n: None) as (url, _):
+        pass  # it is gone now
+    assert run(tmp_path / "run", tiny_folder, "--critic", url, "--critic-model", "judge") == 2
+    assert "answered none of 2 prompts" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_server_that_dies_stops_the_run_and_it_can_be_resumed(tmp_path, tiny_folder, capsys):
     def answer(handler, body, number):
         right = body["messages"][0]["content"].split("Right answer:\n")[1][0]
