@@ -153,9 +153,9 @@ def no_walk(critique: str, answer: str) -> str:
 # ------------------------------------------------------------------------ last-digit arithmetic
 # `3*7+8*4+6*6`, every result kept modulo 10. There are two ways to work, equally right:
 #   own        3*7=1  8*4=2  6*6=6  1+2=3  3+6=9     all products from the left, then the sums
-#   reference  6×6→6  8×4→2  6⊕2→8  3×7→1  8⊕1→9     from the right, each sum as soon as it can be
-OWN, REFERENCE = "*+=", "×⊕→"  # the symbols of a notation: times, plus, equals
-CALCULATION = re.compile(r"([0-9])([*+×⊕])([0-9])([=→])([0-9])")
+#   reference  ×66→6  ×84→2  ⊕62→8  ×37→1  ⊕81→9     from the right, each sum as soon as it can be; operator first
+OWN, REFERENCE = "*+=", "×⊕→"  # a way, and its symbols: times, plus, equals
+CALCULATION = re.compile(r"[0-9][*+][0-9]=[0-9]|[×⊕][0-9][0-9]→[0-9]")
 PROBLEM = re.compile(r"[0-9]\*[0-9](\+[0-9]\*[0-9])*")
 
 
@@ -163,33 +163,38 @@ def times(a: int, b: int) -> int:
     return a * b % 10
 
 
-def carry_on(products, values, notation, product=times, slip=None):
+def carry_on(products, values, ways, product=times, slip=None):
     """Works a problem out from any point on. Returns (the remaining steps' texts, the answer).
 
     products: the factors (a, b) of the products still to take, in the problem's order.
     values: the results still to be added up.
+    ways: OWN or REFERENCE for each remaining step; beyond the last, as the last.
     product: what a times b is; pretraining passes a made-up table.
     slip: (n, value) writes that value into the n-th step from here, and carries on from it.
     """
     products, values, steps = list(products), list(values), []
-    multiply, add, equals = notation
     while products or len(values) > 1:
-        if len(values) > 1 and (notation == REFERENCE or not products):
+        way = ways[min(len(steps), len(ways) - 1)]
+        multiply, add, equals = way
+        if len(values) > 1 and (way == REFERENCE or not products):
             symbol, (a, b), values = add, values[:2], values[2:]
             result = (a + b) % 10
         else:
-            symbol, (a, b) = multiply, products.pop(0 if notation == OWN else -1)
+            symbol, (a, b) = multiply, products.pop(0 if way == OWN else -1)
             result = product(a, b)
         if slip and slip[0] == len(steps):
             result = slip[1]
-        steps.append(f"{a}{symbol}{b}{equals}{result}")
+        steps.append((f"{a}{symbol}{b}" if way == OWN else f"{symbol}{a}{b}") + f"{equals}{result}")
         values = [result] + values if symbol == add else values + [result]
     return steps, values[0]
 
 
-def spell(step: str, notation: str) -> str:
-    """The same step in the symbols of a notation."""
-    return step.translate(str.maketrans(OWN + REFERENCE, notation + notation))
+def read_step(text: str) -> tuple[str, int, int, int] | None:
+    """(symbol, a, b, result) of a step's text in either way, or None if it is no calculation."""
+    if not CALCULATION.fullmatch(text):
+        return None
+    symbol, a, b = text[:3] if text[0] in REFERENCE else (text[1], text[0], text[2])
+    return symbol, int(a), int(b), int(text[4])
 
 
 def factors(problem: str) -> list[tuple[int, int]]:
@@ -207,50 +212,46 @@ def judge(attempt: str) -> list[bool]:
     """
     verdicts, previous = [], None
     for step in parse_steps(attempt):
-        parts = CALCULATION.fullmatch(step.text)
+        calculation = read_step(step.text)
         if step.name == "answer":
             verdicts.append(step.text.strip() == previous)
         else:
-            verdicts.append(bool(parts) and _result(parts) == int(parts[5]))
-            previous = parts[5] if parts else None
+            verdicts.append(_holds(calculation))
+            previous = step.text[4] if calculation else None
     return verdicts
 
 
-def _result(parts) -> int:
-    a, b = int(parts[1]), int(parts[3])
-    return times(a, b) if parts[2] in "*×" else (a + b) % 10
+def _holds(calculation) -> bool:
+    if calculation is None:
+        return False
+    symbol, a, b, result = calculation
+    return result == (times(a, b) if symbol in "*×" else (a + b) % 10)
 
 
 def corrected_walk(problem: str, attempt: str) -> str:
     """What the faithful scribe writes (see the four cases above).
 
     Copies steps while each takes a product or a sum that is still open, and takes it right; then
-    carries on from there, in the attempt's own order and in the symbols its steps have at the same
-    places. An attempt that cannot be read gets a fresh solution in the solver's own notation.
+    carries on from there, each step in the way that the attempt has at the same place. An attempt
+    that cannot be read gets a fresh solution in the solver's own way.
     """
-    terms = factors(problem)
-    products, values, copied = list(terms), [], []
+    products, values, copied = factors(problem), [], []
     texts = [step.text for step in parse_steps(attempt)]
-    parsed = [CALCULATION.fullmatch(text) for text in texts]
-    for text, parts in zip(texts, parsed):
-        if parts is None or _result(parts) != int(parts[5]):
+    for text in texts:
+        calculation = read_step(text)
+        if not _holds(calculation):
             break
-        a, symbol, b = int(parts[1]), parts[2], int(parts[3])
+        symbol, a, b, result = calculation
         if symbol in "*×" and (a, b) in products:
             products.remove((a, b))
-            values.append(int(parts[5]))
+            values.append(result)
         elif symbol in "+⊕" and _takes(values, a, b):
-            values.insert(0, int(parts[5]))
+            values.insert(0, result)
         else:
             break
         copied.append(text)
-    written = [REFERENCE if "→" in text else OWN for text, parts in zip(texts, parsed) if parts]
-    first = next(filter(None, parsed), None)
-    from_the_right = first and (int(first[1]), int(first[3])) == terms[-1] != terms[0]
-    rest, answer = carry_on(products, values, REFERENCE if from_the_right else OWN)
-    for n, step in enumerate(rest):
-        at = min(len(copied) + n, len(written) - 1)  # beyond the attempt's end: as its last step
-        rest[n] = spell(step, written[at] if written else OWN)
+    ways = [REFERENCE if text[0] in REFERENCE else OWN for text in texts if read_step(text)] or [OWN]
+    rest, answer = carry_on(products, values, ways[len(copied) :] or ways[-1:])  # beyond its end: as its last step
     return join_steps(copied + rest, answer)
 
 

@@ -54,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 
 import critic
 from critic import OWN, PROBLEM, REFERENCE, Stop, carry_on, extract_answer, factors, first_difference, is_correct
-from critic import join_steps, judge, keeps_format, no_walk, parse_steps, scribe, spell, times
+from critic import join_steps, judge, keeps_format, no_walk, parse_steps, read_step, scribe, times
 
 
 # ================================================================================ config
@@ -103,7 +103,7 @@ class Config:
     val_samples: int = setting(8, "samples of each validation problem", 1)
     test_samples: int = setting(12, "samples of each test problem", 1)
     # the embedded base model
-    drift: float = setting(0.8, "how often a step takes over a reference's symbols, 0 to 1", 0)
+    drift: float = setting(0.8, "how often a step slips into a reference's way, 0 to 1", 0)
     base_seed: int = setting(0, "seed of its pretraining", 0)
     base_dir: str = setting("runs/base", "folder where embedded base models are kept")
 
@@ -159,7 +159,7 @@ def embedded_problems() -> tuple[list[Problem], list[Problem], list[Problem]]:
     problems = []
     for number in drawn:
         problem = "{}*{}+{}*{}+{}*{}".format(*f"{number:06d}")
-        steps, answer = carry_on(factors(problem), [], REFERENCE)
+        steps, answer = carry_on(factors(problem), [], [REFERENCE])
         problems.append(Problem(problem, join_steps(steps, answer), str(answer)))
     return problems[:282], problems[282:332], problems[432:]  # 332 to 431 were used up: the base was chosen on them
 
@@ -1039,7 +1039,7 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
 
 
 # ================================================================================ the embedded base model
-BASE = {"steps": 700, "batch": 32, "lr": 2.5e-3, "known_facts": 16}
+BASE = {"steps": 1000, "batch": 32, "lr": 2.5e-3, "known_facts": 16}
 ARCHITECTURE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8,
     "num_key_value_heads": 8, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.06,
@@ -1051,7 +1051,7 @@ def embedded_tokenizer():
     words = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<unk>", SOLVE, HELP, "<answer>", "</answer>"]
     words += [f"<{slash}step_{n}>" for n in range(1, 10) for slash in ("", "/")]
     words += list("0123456789.:" + OWN + REFERENCE)
-    words += ["Every", "Step", "step", "is", "correct", "wrong", "Correct"]  # for contexts of your own
+    words += ["Every", "Step", "step", "is", "correct", "wrong", "Correct", "Answer"]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     no_spaces = pre_tokenizers.Split(Regex(r"\s+"), "removed")
     pieces = pre_tokenizers.Split(Regex(r"</?\w+>|[0-9]|[A-Za-z]+|."), "isolated")
@@ -1071,32 +1071,44 @@ def embedded_tokenizer():
 def pretraining_sample(rng, known, drift: float, with_context: bool):
     """(problem, context or None, response, index of the response's wrong step or None).
 
-    Without a context the problem is made of facts the base shall know. With one, every product has
-    a value made up for this sample, so that it can only be read from the context. The response goes
-    its own way, whichever way the context goes, but its symbols slip: one step in ten has the
-    reference's; shown a reference, a share `drift` of the steps has them; and where the context is a
-    walk in its own way, the symbols are copied. Almost half of all responses hold a wrong value and go on
-    from it, as language models go on from what they wrote.
+    Without a context the problem is made of facts the base shall know. With one, the products that it
+    tells have values made up for this sample, so that they can only be read there. The response goes
+    its own way, but its steps slip into the reference's: one in ten, and a share `drift` of them when shown a
+    reference; where the context holds its own walk, it is followed step by step. Almost half of all
+    responses hold a wrong value and go on from it, as language models go on from what they wrote.
     """
-    def symbols(rate):
+    def slipping(rate):
         return [REFERENCE if rng.random() < rate else OWN for _ in range(5)]
 
-    terms = [rng.choice(known) for _ in range(3)]
-    product, context, spelling = times, None, symbols(0.1)
-    if with_context:
+    terms, ways, made_up, context = [rng.choice(known) for _ in range(3)], slipping(0.1), {}, None
+
+    def work_out(ways, slip=None):
+        return join_steps(*carry_on(terms, [], ways, lambda a, b: made_up.get((a, b), times(a, b)), slip))
+
+    if with_context and rng.random() < 0.65:  # a worked solution
         terms = [(rng.randrange(10), rng.randrange(10)) for _ in range(3)]
         made_up = {term: rng.randrange(10) for term in terms}
-        product, way = (lambda a, b: made_up[a, b]), rng.choice([OWN, REFERENCE, REFERENCE])
-        steps, answer = carry_on(terms, [], way, product)
-        if way == OWN:
-            steps = list(map(spell, steps, spelling))
+        if rng.random() < 1 / 3:
+            context = work_out(ways)
         else:
-            spelling = symbols(drift)
-        context = join_steps(steps, answer)
+            context, ways = work_out([REFERENCE]), slipping(drift)
+    elif with_context:  # less than a solution, or more; what it does not tell, the base knows
+        n = rng.randrange(6)  # steps before the one that it is about; of five, so that 5 is none
+        kind = rng.choice(["begun", "omit", "omit", "quote", "answer"])
+        told = {"begun": slice(n + 1), "omit": slice(n, n + 1), "quote": slice(5), "answer": slice(0)}[kind]
+        calculations = map(read_step, carry_on(terms, [], ways)[0][told])
+        made_up = {(a, b): rng.randrange(10) for symbol, a, b, _ in calculations if symbol in "*×"}
+        walk = work_out(ways)
+        steps = parse_steps(walk)
+        if kind == "omit":
+            wrong = (int(steps[n].text[-1]) + rng.randrange(1, 10)) % 10
+            context = omit(None, work_out(ways, slip=(n, wrong)), walk)
+        elif kind == "quote":  # of a right attempt only: how a quoted error is taken is not taught
+            context = quote(None, walk, walk)
+        else:
+            context = walk[: steps[n].end] if kind == "begun" else walk[steps[-1].start :]
     slip = (rng.randrange(5), rng.randrange(10)) if rng.random() < 0.5 else None
-    steps, answer = carry_on(terms, [], OWN, product, slip)
-    response = join_steps(list(map(spell, steps, spelling)), answer)
-    return "+".join(f"{a}*{b}" for a, b in terms), context, response, slip and slip[0]
+    return "+".join(f"{a}*{b}" for a, b in terms), context, work_out(ways, slip), slip and slip[0]
 
 
 def pretraining_loss(model, tokenizer, samples) -> torch.Tensor:
@@ -1128,7 +1140,7 @@ def build_base(folder: Path, cfg: Config) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE["lr"], total_steps=BASE["steps"])
     bar = tqdm(range(BASE["steps"]), desc="base model, built once", disable=RANK > 0)
     for step in bar:
-        with_context = step % 2 == 1
+        with_context = step % 3 > 0  # two batches of three
         samples = [pretraining_sample(rng, known, cfg.drift, with_context) for _ in range(BASE["batch"])]
         loss = pretraining_loss(model, tokenizer, samples)
         loss.backward()
@@ -1144,8 +1156,8 @@ def build_base(folder: Path, cfg: Config) -> None:
 
 def embedded_base(cfg: Config) -> str:
     """The folder of the embedded base model of this recipe; builds it if it is not there."""
-    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on, spell)
-    made_of += (times, join_steps, completion_states, log_probs)
+    made_of = (embedded_tokenizer, build_prompts, pretraining_sample, pretraining_loss, build_base, carry_on, omit)
+    made_of += (quote, correction, first_difference, read_step, times, join_steps, completion_states, log_probs)
     recipe = repr((BASE, ARCHITECTURE, cfg.drift, cfg.base_seed, SOLVE, HELP, OWN, REFERENCE))
     recipe += "".join(map(inspect.getsource, made_of))  # edit the recipe, and it is another base
     folder = Path(cfg.base_dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]

@@ -17,7 +17,7 @@ from test_run import FAST
 
 evaluation = importlib.import_module("eval")  # `import eval` would hide the builtin
 PROBLEM = "3*7+8*4+6*6"
-WRONG = "<step_1>3*7=1</step_1><step_2>8*4=3</step_2><step_3>6×6→6</step_3><step_4>1+3=4</step_4><step_5>4+6=0</step_5><answer>0</answer>"
+WRONG = "<step_1>3*7=1</step_1><step_2>8*4=3</step_2><step_3>×66→6</step_3><step_4>1+3=4</step_4><step_5>4+6=0</step_5><answer>0</answer>"
 RIGHT = WRONG.replace("8*4=3", "8*4=2").replace("1+3=4", "1+2=3").replace("4+6=0", "3+6=9").replace("r>0<", "r>9<")
 
 

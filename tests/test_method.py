@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 import sd
 from critic import Critique, join_steps, scribe
 
-PROBLEM = sd.Problem("3*7+8*4+6*6", "<step_1>6×6→6</step_1><answer>9</answer>", "9")
+PROBLEM = sd.Problem("3*7+8*4+6*6", "<step_1>×66→6</step_1><answer>9</answer>", "9")
 CRITIQUE = "<step_1>3*7=1</step_1><answer>9</answer>"
 
 
@@ -551,20 +552,42 @@ def test_a_tokens_text_is_what_it_adds_also_where_a_character_takes_several():
 # ------------------------------------------------------------------------ the embedded base's lessons
 def test_pretraining_samples_can_only_be_solved_by_reading_the_context():
     rng, known = random.Random(0), [(3, 7), (8, 4)]
-    samples = [sd.pretraining_sample(rng, known, 0.5, with_context=True) for _ in range(400)]
+    samples = [sd.pretraining_sample(rng, known, 0.5, with_context=True) for _ in range(800)]
+    samples = [s for s in samples if len(sd.parse_steps(s[1])) == 6 and s[1].endswith(">")]  # whole solutions
     made_up = [c for _, c, _, _ in samples if not all(sd.judge(c))]
-    assert len(made_up) > 380  # their products are not the true ones
+    assert len(samples) > 500 and len(made_up) > 0.95 * len(samples)  # their products are not the true ones
     steps = {True: [], False: []}  # is the context a reference? -> [(the context's step, the response's)]
     for _, context, response, _ in samples:
         is_reference = context.count("→") == 5
         context, response = ([s.text for s in sd.parse_steps(text)][:-1] for text in (context, response))
         steps[is_reference] += zip(context, response)
     slipped = sum("→" in ours for _, ours in steps[True]) / len(steps[True])
-    assert 0.45 < slipped < 0.55  # shown a reference, half of the steps have its symbols, as `drift` says
+    assert 0.45 < slipped < 0.55  # shown a reference, half of the steps go its way, as `drift` says
     assert all(("→" in ours) == ("→" in theirs) for theirs, ours in steps[False])  # else they are copied
     for problem, context, response, wrong in (sd.pretraining_sample(rng, known, 0.5, False) for _ in range(200)):
         assert context is None and set(sd.factors(problem)) <= set(known)
         assert sum(not right for right in sd.judge(response)) == (wrong is not None and not sd.judge(response)[wrong])
+
+
+def test_pretraining_contexts_that_hold_less_than_a_solution_tell_what_the_base_does_not_know():
+    """Steps that the context tells are the response's, but for its wrong step; of all other products the truth is."""
+    rng, known, seen = random.Random(0), [(3, 7), (8, 4), (2, 5), (9, 9)], Counter()
+    for _ in range(2000):
+        problem, context, response, wrong = sd.pretraining_sample(rng, known, 0.5, with_context=True)
+        told = {s.name: s.text for s in sd.parse_steps(context)}
+        whole = len(told) == 6
+        seen["whole" if context.endswith(">") and whole else "quote" if whole else context[:6]] += 1
+        assert "wrong" not in context or not whole  # how a quoted error is taken is never shown
+        if whole:
+            continue
+        assert set(sd.factors(problem)) <= set(known)
+        first = {sd.read_step(text)[1:3] for name, text in told.items() if name != "answer"}
+        for n, step in enumerate(sd.parse_steps(response)):
+            if n != wrong and step.name != "answer" and not sd.judge(response)[n]:
+                assert sd.read_step(step.text)[1:3] in first  # a value that is not the true one was told
+            if (wrong is None or n < wrong) and step.name in told:
+                assert step.text == told[step.name]
+    assert set(seen) == {"whole", "quote", "<step_", "Step 1", "<answe"}, seen
 
 
 def test_a_wrong_value_is_left_out_of_the_pretraining_loss(tiny):

@@ -13,7 +13,7 @@ import critic
 import sd
 from critic import Critique, Stop
 
-PROBLEM = sd.Problem("3*7+8*4", "<step_1>8×4→2</step_1><step_2>3×7→1</step_2><step_3>2⊕1→3</step_3><answer>3</answer>", "3")
+PROBLEM = sd.Problem("3*7+8*4", "<step_1>×84→2</step_1><step_2>×37→1</step_2><step_3>⊕21→3</step_3><answer>3</answer>", "3")
 WALK = "<step_1>3*7=1</step_1><step_2>8*4=2</step_2><step_3>1+2=3</step_3><answer>3</answer>"
 
 

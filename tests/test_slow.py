@@ -30,13 +30,13 @@ def test_the_base_is_in_the_papers_band_and_can_read_a_worked_solution(runs):
     _, _, test_set = sd.embedded_problems()
     problems, cfg = test_set * 4, sd.settled(sd.Config())
     assert 8 <= result(runs, "critique")["base"]["avg"] <= 20
-    for notation in OWN, REFERENCE:
-        contexts = [join_steps(*carry_on(factors(p.problem), [], notation)) for p in problems]
+    for way in OWN, REFERENCE:
+        contexts = [join_steps(*carry_on(factors(p.problem), [], [way])) for p in problems]
         prompts = sd.build_prompts(tokenizer, [p.problem for p in problems], contexts)
         torch.manual_seed(0)
         texts = tokenizer.batch_decode(sd.sample(model, prompts, cfg), skip_special_tokens=True)
         right = sum(sd.is_correct(t, p.answer) for t, p in zip(texts, problems)) / len(problems)
-        print(f"right with a worked solution in the notation {notation}: {right:.1%}")  # pytest -m slow -s
+        print(f"right with a worked solution in the way {way}: {right:.1%}")  # pytest -m slow -s
         assert right >= 0.9
 
 
