@@ -1039,7 +1039,7 @@ def train(cfg: Config, folder: Path, model_name: str, problems) -> dict:
 
 
 # ================================================================================ the embedded base model
-BASE = {"steps": 1000, "batch": 32, "lr": 2.5e-3, "known_facts": 16}
+BASE = {"steps": 1200, "batch": 32, "lr": 2.5e-3, "known_facts": 16}
 ARCHITECTURE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8,
     "num_key_value_heads": 8, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.06,
