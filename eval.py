@@ -312,6 +312,7 @@ def advantage_tables(result: dict) -> list[Table]:
 
     return [
         table("wrong attempts: A_t around the first wrong step, nats", [f"A {w}" for w in PLACES], 2),
+        table("wrong attempts: A_t by kind of token, nats", [f"A {w}" for w in KINDS], 2),
         table("wrong attempts: |A_t|", [f"|A| {w}" for w in PLACES], 2),
         table("wrong attempts: share of all |A_t|, percent", [f"share {w}" for w in PLACES], 1, True),
         table("wrong attempts: the same share by kind of token", [f"share {w}" for w in KINDS], 1, True),
@@ -353,17 +354,23 @@ def curve_chart(rows: dict[str, list[Subject]], x_label: str) -> str:
         for points in zip(*curves):  # of every seed at one step
             x = sum(spent[x_label] for spent, _ in points) / len(points)
             series.setdefault(label, []).append((x, [value for _, value in points]))
+    return line_chart(series, "validation Avg", x_label)
+
+
+def line_chart(series: dict[str, list[tuple]], y_label: str, x_label: str) -> str:
+    """An SVG of {label: [(x, [percentages])]}: a line through the means, a band from the lowest to the highest."""
     right = max([x for points in series.values() for x, _ in points] + [1])
     tick = 10 ** math.floor(math.log10(right))
     tick = next(t for t in (5 * tick, 2 * tick, tick, tick / 2, tick / 5) if right / t >= 3)
     unit, k = (1000, "k") if right >= 1e5 else (1, "")
+    digits = 1 if tick < 1 else 0
     at_x, at_y = (lambda x: 40 + 290 * x / right), (lambda y: 220 - 2.05 * y)
     parts = []
     for y in range(0, 101, 20):
         parts.append(f'<path d="M40 {at_y(y)}H330" stroke="currentColor" stroke-opacity=".18"/>')
         parts.append(f'<text x="34" y="{at_y(y) + 4}" text-anchor="end">{y}</text>')
     for n in range(int(right / tick) + 1):
-        parts.append(f'<text x="{at_x(n * tick):.1f}" y="238" text-anchor="middle">{n * tick / unit:,.0f}{k}</text>')
+        parts.append(f'<text x="{at_x(n * tick):.1f}" y="238" text-anchor="middle">{n * tick / unit:,.{digits}f}{k}</text>')
     parts.append(f'<text x="185" y="258" text-anchor="middle">{escape(x_label)}</text>')
     names = []  # (x and y of the line's end, label)
     for (label, points), (colour, dashes) in zip(series.items(), LINES * len(series)):
@@ -383,7 +390,7 @@ def curve_chart(rows: dict[str, list[Subject]], x_label: str) -> str:
         lowest = max(y + 4, lowest + 14)  # labels do not overlap
         halo = 'stroke="Canvas" stroke-width="4" stroke-linejoin="round" paint-order="stroke"'  # above a curve that goes on
         parts.append(f'<text x="{x + 8:.1f}" y="{lowest:.1f}" font-weight="600" {halo}>{escape(label)}</text>')
-    return svg(430, 264, f"validation Avg against {x_label}", parts)
+    return svg(430, 264, f"{y_label} against {x_label}", parts)
 
 
 def svg(width: float, height: float, title: str, parts: list[str]) -> str:

@@ -126,6 +126,7 @@ def test_analysis_by_hand(tiny):
     assert value["A before"] == -0.1 and value["A in"] == round(-6 / 7, 4) and value["|A| after"] == round(0.3 / 25, 4)
     assert (value["share before"], value["share in"], value["share after"]) == (10, 85.7143, 4.2857)
     assert (value["share right step"], value["share wrong value"], value["share answer"]) == (10, 85.7143, 0)
+    assert (value["A right step"], value["A wrong value"]) == (round(-0.7 / 28, 4), -6)  # steps 1, 3, 4 and 5 hold
     assert value["mean A_t"] == -0.2 and value["pushed down"] == round(100 / 3, 4)
     assert round(result["tokens"]["share in"][0], 4) == round(100 * 7 / 39, 4) and "none" not in result
 
