@@ -1069,7 +1069,7 @@ def embedded_tokenizer():
 
 
 def pretraining_sample(rng, known, drift: float, with_context: bool):
-    """(problem, context or None, response, index of the response's wrong step or None).
+    """(problem, context or None, response, index of the response's step whose value is left out of the loss or None).
 
     Without a context the problem is made of facts the base shall know. With one, the products that it
     tells have values made up for this sample, so that they can only be read there. The response goes
@@ -1081,6 +1081,7 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
         return [REFERENCE if rng.random() < rate else OWN for _ in range(5)]
 
     terms, ways, made_up, context = [rng.choice(known) for _ in range(3)], slipping(0.1), {}, None
+    wrong = rng.randrange(5) if rng.random() < 0.5 else 5  # there are five steps: 5 is none of them
 
     def work_out(ways, slip=None):
         return join_steps(*carry_on(terms, [], ways, lambda a, b: made_up.get((a, b), times(a, b)), slip))
@@ -1093,22 +1094,22 @@ def pretraining_sample(rng, known, drift: float, with_context: bool):
         else:
             context, ways = work_out([REFERENCE]), slipping(drift)
     elif with_context:  # less than a solution, or more; what it does not tell, the base knows
-        n = rng.randrange(6)  # steps before the one that it is about; of five, so that 5 is none
-        kind = rng.choice(["begun", "omit", "omit", "quote", "answer"])
+        n = rng.randrange(6)  # the step that it is about
+        kind = rng.choice(["begun", "omit", "omit", "quote", "quote", "answer"])
         told = {"begun": slice(n + 1), "omit": slice(n, n + 1), "quote": slice(5), "answer": slice(0)}[kind]
         calculations = map(read_step, carry_on(terms, [], ways)[0][told])
         made_up = {(a, b): rng.randrange(10) for symbol, a, b, _ in calculations if symbol in "*×"}
         walk = work_out(ways)
         steps = parse_steps(walk)
-        if kind == "omit":
-            wrong = (int(steps[n].text[-1]) + rng.randrange(1, 10)) % 10
-            context = omit(None, work_out(ways, slip=(n, wrong)), walk)
-        elif kind == "quote":  # of a right attempt only: how a quoted error is taken is not taught
-            context = quote(None, walk, walk)
-        else:
-            context = walk[: steps[n].end] if kind == "begun" else walk[steps[-1].start :]
-    slip = (rng.randrange(5), rng.randrange(10)) if rng.random() < 0.5 else None
-    return "+".join(f"{a}*{b}" for a, b in terms), context, work_out(ways, slip), slip and slip[0]
+        attempt = work_out(ways, slip=(n, (int(steps[n].text[-1]) + rng.randrange(1, 10)) % 10))
+        if kind == "quote":
+            wrong = n  # whether a quoted error is copied or mended is not taught: that value is left out
+        context = {
+            "begun": walk[: steps[n].end], "omit": omit(None, attempt, walk),
+            "quote": quote(None, attempt, walk), "answer": walk[steps[5].start :],
+        }[kind]  # fmt: skip
+    response = work_out(ways, slip=(wrong, rng.randrange(10)))
+    return "+".join(f"{a}*{b}" for a, b in terms), context, response, wrong if wrong < 5 else None
 
 
 def pretraining_loss(model, tokenizer, samples) -> torch.Tensor:

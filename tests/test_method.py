@@ -577,7 +577,9 @@ def test_pretraining_contexts_that_hold_less_than_a_solution_tell_what_the_base_
         told = {s.name: s.text for s in sd.parse_steps(context)}
         whole = len(told) == 6
         seen["whole" if context.endswith(">") and whole else "quote" if whole else context[:6]] += 1
-        assert "wrong" not in context or not whole  # how a quoted error is taken is never shown
+        if whole and "wrong" in context:  # what the response writes where an error was quoted is left out of the loss
+            at = next(n for n, text in enumerate(told.values()) if n == wrong)
+            assert f"Step {at + 1} is wrong. Correct: <step_{at + 1}>" in context
         if whole:
             continue
         assert set(sd.factors(problem)) <= set(known)
