@@ -320,6 +320,23 @@ def advantage_tables(result: dict) -> list[Table]:
     ]
 
 
+def summary_table(results: dict, advantages: dict, k: int) -> Table:
+    """Of each context that was trained with: what it came to, and what it said of the attempts that were scored."""
+    wrong, right = ("wrong value", "right step") if "A wrong value" in advantages.get("tokens", {}) else ("in", "before")
+    columns = {
+        f"Avg@{k}": None, f"A_t {wrong}": f"A {wrong}", f"A_t {right}": f"A {right}",
+        f"% of |A_t| {wrong}": f"share {wrong}", "right attempts pushed down, %": "pushed down",
+    }  # fmt: skip
+    rows, nothing = [], (math.nan,) * 3
+    for context in [c for c in advantages if c in results]:
+        average = results[context]["avg"]
+        row = [cell((average["mean"], average["low"], average["high"]))]
+        for quantity in list(columns.values())[1:]:
+            row.append(cell(advantages[context].get(quantity, nothing), 2 if quantity.startswith("A") else 1))
+        rows.append([context, *row])
+    return Table("what training with each context came to, and what it says of the attempts scored", ["", *columns], rows)
+
+
 def as_text(table: Table) -> str:
     lines = [table.header, *table.rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -577,6 +594,8 @@ def report(args, command: str) -> None:
         located = [places(r, tokenizer) for r in rollouts]
         numbers["advantages"] = analyse(groups, advantages, located)
         advantage = advantage_tables(numbers["advantages"])
+        if any(context in numbers["advantages"] for context in rows):
+            advantage.append(summary_table(numbers["results"], numbers["advantages"], args.k))
         print(*map(as_text, advantage), sep="\n")
     if args.html:
         pick = [i for i in range(0, len(rollouts), args.k) if not rollouts[i].reward and "in" in located[i][1]][:3]
