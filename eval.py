@@ -320,21 +320,26 @@ def advantage_tables(result: dict) -> list[Table]:
     ]
 
 
-def summary_table(results: dict, advantages: dict, k: int) -> Table:
-    """Of each context that was trained with: what it came to, and what it said of the attempts that were scored."""
+def summary_table(rows: dict[str, list[Subject]], results: dict, advantages: dict, k: int) -> Table:
+    """Of each context that was trained with: what it came to, and what it said of the attempts that were scored.
+
+    Validation is there too, from the first to the last: of a context that does harm the best checkpoint is the base.
+    """
     wrong, right = ("wrong value", "right step") if "A wrong value" in advantages.get("tokens", {}) else ("in", "before")
     columns = {
-        f"Avg@{k}": None, f"A_t {wrong}": f"A {wrong}", f"A_t {right}": f"A {right}",
+        f"A_t {wrong}": f"A {wrong}", f"A_t {right}": f"A {right}",
         f"% of |A_t| {wrong}": f"share {wrong}", "right attempts pushed down, %": "pushed down",
     }  # fmt: skip
-    rows, nothing = [], (math.nan,) * 3
+    table, nothing = [], (math.nan,) * 3
     for context in [c for c in advantages if c in results]:
-        average = results[context]["avg"]
-        row = [cell((average["mean"], average["low"], average["high"]))]
-        for quantity in list(columns.values())[1:]:
+        average, curves = results[context]["avg"], [s.curve for s in rows[context] if s.curve]
+        ends = [sum(curve[at][1] for curve in curves) / max(len(curves), 1) for at in (0, -1)]
+        row = [context, cell((average["mean"], average["low"], average["high"])), "{:.1f} to {:.1f}".format(*ends)]
+        for quantity in columns.values():
             row.append(cell(advantages[context].get(quantity, nothing), 2 if quantity.startswith("A") else 1))
-        rows.append([context, *row])
-    return Table("what training with each context came to, and what it says of the attempts scored", ["", *columns], rows)
+        table.append(row)
+    title = "what training with each context came to, and what it says of the attempts scored"
+    return Table(title, ["", f"Avg@{k}", "validation", *columns], table)
 
 
 def as_text(table: Table) -> str:
@@ -595,7 +600,7 @@ def report(args, command: str) -> None:
         numbers["advantages"] = analyse(groups, advantages, located)
         advantage = advantage_tables(numbers["advantages"])
         if any(context in numbers["advantages"] for context in rows):
-            advantage.append(summary_table(numbers["results"], numbers["advantages"], args.k))
+            advantage.append(summary_table(rows, numbers["results"], numbers["advantages"], args.k))
         print(*map(as_text, advantage), sep="\n")
     if args.html:
         pick = [i for i in range(0, len(rollouts), args.k) if not rollouts[i].reward and "in" in located[i][1]][:3]

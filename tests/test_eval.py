@@ -134,12 +134,16 @@ def test_analysis_by_hand(tiny):
 def test_the_summary_sets_what_a_context_came_to_beside_what_it_says():
     results = {name: {"avg": {"mean": 50.0, "low": 40.0, "high": 60.0}} for name in ("base", "critique", "untaught")}
     told = {"A in": (-6, -7, -5), "A before": (0, 0, 0), "share in": (80, 70, 90), "pushed down": (3, 2, 4)}
-    plain = evaluation.summary_table(results, {"tokens": told, "critique": told, "untrained": told}, 8)
-    assert plain.header[1:4] == ["Avg@8", "A_t in", "A_t before"]  # of the first wrong step
-    assert plain.rows == [["critique", "50.0 [40.0, 60.0]", "-6.00 [-7.00, -5.00]", "0.00 [0.00, 0.00]", "80.0 [70.0, 90.0]", "3.0 [2.0, 4.0]"]]
+    curves = [(({"step": 0}, 20.0), ({"step": 10}, start)) for start in (30.0, 35.0)]  # of two seeds
+    rows = {"critique": [evaluation.Subject("", "", "", curve=curve) for curve in curves]}
+    plain = evaluation.summary_table(rows, results, {"tokens": told, "critique": told, "untrained": told}, 8)
+    assert plain.header[1:5] == ["Avg@8", "validation", "A_t in", "A_t before"]  # of the first wrong step
+    [row] = plain.rows
+    assert row[:4] == ["critique", "50.0 [40.0, 60.0]", "20.0 to 32.5", "-6.00 [-7.00, -5.00]"]
+    assert row[4:] == ["0.00 [0.00, 0.00]", "80.0 [70.0, 90.0]", "3.0 [2.0, 4.0]"]
     told |= {"A wrong value": (-9, -9, -9), "share wrong value": (85, 80, 90)}
-    [row] = evaluation.summary_table(results, {"tokens": told, "critique": told}, 8).rows
-    assert row[2:5] == ["-9.00 [-9.00, -9.00]", "–", "85.0 [80.0, 90.0]"]  # where steps can be checked
+    [row] = evaluation.summary_table(rows, results, {"tokens": told, "critique": told}, 8).rows
+    assert row[3:6] == ["-9.00 [-9.00, -9.00]", "–", "85.0 [80.0, 90.0]"]  # where steps can be checked
 
 
 # ------------------------------------------------------------------------ the page
