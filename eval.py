@@ -310,7 +310,7 @@ def advantage_tables(result: dict) -> list[Table]:
         rows = [[c] + [cell(result[c].get(q, nothing), digits) for q in quantities] for c in contexts]
         return Table(title, ["", *names], rows)
 
-    return [
+    tables = [
         table("wrong attempts: A_t around the first wrong step, nats", [f"A {w}" for w in PLACES], 2),
         table("wrong attempts: A_t by kind of token, nats", [f"A {w}" for w in KINDS], 2),
         table("wrong attempts: |A_t|", [f"|A| {w}" for w in PLACES], 2),
@@ -318,6 +318,7 @@ def advantage_tables(result: dict) -> list[Table]:
         table("wrong attempts: the same share by kind of token", [f"share {w}" for w in KINDS], 1, True),
         table("right attempts: A_t, and the percentage of tokens with A_t < -0.5", ["mean A_t", "pushed down"], 2),
     ]
+    return [t for t in tables if len(t.header) > 1]  # by kind of token only where steps can be checked
 
 
 def summary_table(rows: dict[str, list[Subject]], results: dict, advantages: dict, k: int) -> Table:

@@ -129,6 +129,13 @@ def test_analysis_by_hand(tiny):
     assert (value["A right step"], value["A wrong value"]) == (round(-0.7 / 28, 4), -6)  # steps 1, 3, 4 and 5 hold
     assert value["mean A_t"] == -0.2 and value["pushed down"] == round(100 / 3, 4)
     assert round(result["tokens"]["share in"][0], 4) == round(100 * 7 / 39, 4) and "none" not in result
+    tables = evaluation.advantage_tables(result)
+    assert tables[1].header[1:] == ["right step", "wrong value", "rest of wrong step", "answer"] and len(tables) == 5 + 1
+    assert tables[1].rows[0][2].startswith("-6.00")
+    unchecked = {"critique": {name: numbers for name, numbers in result["critique"].items() if "step" not in name}}
+    for name in "wrong value", "answer":
+        del unchecked["critique"][f"A {name}"], unchecked["critique"][f"|A| {name}"], unchecked["critique"][f"share {name}"]
+    assert len(evaluation.advantage_tables(unchecked)) == 4  # none by kind of token
 
 
 def test_the_summary_sets_what_a_context_came_to_beside_what_it_says():
@@ -228,6 +235,7 @@ def test_the_table_repeats_what_training_printed_and_samples_once(runs, monkeypa
         assert numbers["results"]["grpo"][metric]["mean"] == pytest.approx(trained[2]["test"][metric])
         assert numbers["results"]["base"][metric]["mean"] == pytest.approx(trained[2]["base"][metric])
     assert "its 2 seeds" in first and "grpo − critique" in first
+    assert "what training with each context came to" in first
     took = first[first.index("what training took") :].splitlines()[2:4]
     assert [line.split()[:2] for line in took] == [["critique", "12"], ["grpo", "96"]]  # 4 steps of 3 problems; 8 each in grpo
     for line, name in zip(took, ("critique", "grpo")):

@@ -571,15 +571,18 @@ def test_pretraining_samples_can_only_be_solved_by_reading_the_context():
 
 def test_pretraining_contexts_that_hold_less_than_a_solution_tell_what_the_base_does_not_know():
     """Steps that the context tells are the response's, but for its wrong step; of all other products the truth is."""
-    rng, known, seen = random.Random(0), [(3, 7), (8, 4), (2, 5), (9, 9)], Counter()
+    rng, known, seen, made_up = random.Random(0), [(3, 7), (8, 4), (2, 5), (9, 9)], Counter(), []
     for _ in range(2000):
         problem, context, response, wrong = sd.pretraining_sample(rng, known, 0.5, with_context=True)
+        assert wrong is None or wrong < 5
         told = {s.name: s.text for s in sd.parse_steps(context)}
         whole = len(told) == 6
         seen["whole" if context.endswith(">") and whole else "quote" if whole else context[:6]] += 1
         if whole and "wrong" in context:  # what the response writes where an error was quoted is left out of the loss
             at = next(n for n, text in enumerate(told.values()) if n == wrong)
             assert f"Step {at + 1} is wrong. Correct: <step_{at + 1}>" in context
+        if whole and "Step" in context or "Every" in context:
+            made_up += [not right for n, right in enumerate(sd.judge(context)[:3]) if n != wrong]
         if whole:
             continue
         assert set(sd.factors(problem)) <= set(known)
@@ -589,6 +592,7 @@ def test_pretraining_contexts_that_hold_less_than_a_solution_tell_what_the_base_
                 assert sd.read_step(step.text)[1:3] in first  # a value that is not the true one was told
             if (wrong is None or n < wrong) and step.name in told:
                 assert step.text == told[step.name]
+    assert sum(made_up) > 0.7 * len(made_up) > 0  # where an attempt is quoted, its products are told and not known
     assert set(seen) == {"whole", "quote", "<step_", "Step 1", "<answe"}, seen
 
 
