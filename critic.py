@@ -1,41 +1,101 @@
-"""Who answers when asked for a critique. Knows nothing of training.
+"""Problems, step-tagged text, answers compared by value, and critics. Knows nothing of training.
 
-A critic reads a problem, a solver's step-tagged attempt and the ground truth, and writes a
-*corrected walk through that very attempt*: right steps word for word, the first wrong step
-rewritten, then on from the corrected value. The paper (Kara & Ersoy, arXiv 2606.11173) asks its
-critic to be such a faithful scribe in four cases:
+A critic sees a problem, a solver's step-tagged attempt and the ground truth. It writes a *corrected
+walk through that very attempt*, in four cases (Kara & Ersoy, arXiv 2606.11173): all steps right:
+reproduce it; a step missing: insert it; unfinished: finish it; a step wrong: reproduce the steps
+before it, rewrite that step, carry on from the corrected value.
 
-    A  all steps right                 reproduce the attempt
-    B  right answer, a step missing    insert the step
-    C  unfinished                      finish it
-    D  a wrong step                    reproduce up to it, rewrite it, carry on
-
-There are three, and each answers the same call, `ask(problems, attempts, prompts) -> [Critique]`, one for
-each attempt. A failure is a value, `Critique(None, failure="why")`, and never text that reaches a prompt.
-
-    scribe         a rule for the embedded task, last-digit arithmetic: redoes the arithmetic, needs no prompt
-    local_critic   a frozen Hugging Face chat model
-    http_critic    any OpenAI-compatible server
+There are three critics: a rule from a Python file, a local model, and a server that speaks
+OpenAI's protocol. All answer the same call, ask(rollouts, messages) -> [Critique]; of a rollout
+they use .problem and .text, the attempt.
 """
 
-import hashlib, http.client, json, os, re, time, urllib.error, urllib.request  # noqa: E401
+import hashlib
+import json
+import os
+import random
+import re
+import runpy
+import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import torch
+from huggingface_hub import InferenceClient
 from tqdm import tqdm
 
 
-class Stop(Exception):
+class UserError(Exception):
     """Ends the program with one clear line and exit status 2."""
 
 
-# ------------------------------------------------------------------------ step-tagged text
-# Tags are found in one pass and paired by hand. A pattern such as `<step_(\d+)>(.*?)</step_\1>`
-# takes quadratic time on an attempt that opens ten thousand tags and closes none.
+@contextmanager
+def atomic_write(path):
+    """A binary file that appears at the path, complete, when the block ends."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: choose another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    with open(new, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+# ================================================================================ problems
+@dataclass(frozen=True)
+class Problem:
+    problem: str
+    solution: str  # the reference solution
+    answer: str
+
+
+def read_problems(path):
+    """The problems of a JSONL file, one object a line. Raises UserError with file and line."""
+    problems = []
+    lines = Path(path).read_text("utf-8-sig", errors="surrogateescape").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problem = Problem(row["problem"], row["solution"], row["answer"])
+            if not all(text.strip() for text in vars(problem).values()):
+                raise ValueError("an empty text")
+            "".join(vars(problem).values()).encode()  # half a character would break a tokenizer
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            wanted = '{"problem": "…", "solution": "…", "answer": "…"}'
+            raise UserError(f"{path}, line {number}: expected {wanted}; got {error!r}") from None
+        problems.append(problem)
+    return problems
+
+
+def load_problems(path):
+    """[train, validation, test] problems of a folder, or of one JSONL file that is split."""
+    if Path(path).is_dir():
+        sets = [read_problems(Path(path) / f"{name}.jsonl") for name in ("train", "val", "test")]
+    else:
+        problems = read_problems(path)
+        random.Random(0).shuffle(problems)
+        test = min(len(problems) // 5, 100)
+        val = test + min(len(problems) // 10, 50)
+        sets = [problems[val:], problems[test:val], problems[:test]]
+    if not all(sets):
+        raise UserError(f"{path}: too few problems to train, validate and test; a file needs 10")
+    text, count = Counter(p.problem for problems in sets for p in problems).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: duplicate problem, {count} times: {text[:60]!r}")
+    return sets
+
+
+# ================================================================================ step-tagged text
+# Paired by hand: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
 TAG = re.compile(r"<(/?)(step_[0-9]{1,4}|answer)>")
 
 
@@ -43,380 +103,247 @@ TAG = re.compile(r"<(/?)(step_[0-9]{1,4}|answer)>")
 class Step:
     name: str  # "step_1", "step_2", … or "answer"
     text: str  # what stands between the tags
-    start: int  # the span of characters in the attempt, tags included: attempt[start:end]
+    start: int  # characters of the attempt, tags included: attempt[start:end]
     end: int
 
+    @property
+    def title(self):
+        return self.name.replace("_", " ").capitalize()  # "Step 1"
 
-def parse_steps(attempt: str) -> list[Step]:
-    """The closed steps of an attempt and its answer, in the order they stand there.
 
-    An opening tag counts if the next tag closes it; anything else is passed over. Never raises.
+def parse_steps(attempt):
+    """The closed steps of an attempt and its answer, in order. Never raises.
+
+    An opening tag counts if the next tag closes it; everything else is skipped.
     """
     steps, opening = [], None
     for tag in TAG.finditer(attempt):
         closes, name = tag.groups()
         if closes and opening and opening[2] == name:
-            steps.append(Step(name, attempt[opening.end() : tag.start()], opening.start(), tag.end()))
+            text = attempt[opening.end() : tag.start()]
+            steps.append(Step(name, text, start=opening.start(), end=tag.end()))
         opening = None if closes else tag
     return steps
 
 
-def first_difference(attempt: str, critique: str) -> Step | None:
-    """The attempt's first step (or answer) that the critique does not have, word for word, in the same place."""
+def first_difference(attempt, critique):
+    """The attempt's first step (or answer) that the critique does not repeat there; else None."""
     for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
-        if ours is None or theirs is None or (ours.name, ours.text.split()) != (theirs.name, theirs.text.split()):
-            return ours  # None if the attempt ends before the critique does
+        if ours is None or theirs is None:
+            return ours
+        if (ours.name, ours.text.split()) != (theirs.name, theirs.text.split()):
+            return ours
     return None
 
 
-def join_steps(steps: list[str], answer) -> str:
-    """Tags the steps 1, 2, 3, … and adds the answer."""
-    tagged = [f"<step_{n}>{text}</step_{n}>" for n, text in enumerate(steps, 1)]
-    return "".join(tagged) + f"<answer>{answer}</answer>"
+def correction(attempt, critique):
+    """The verdict on the attempt's first wrong step, with that step as the critique has it."""
+    wrong = first_difference(attempt, critique)
+    if wrong is None:
+        return "Every step is correct."
+    better = [critique[s.start : s.end] for s in parse_steps(critique) if s.name == wrong.name]
+    return f"{wrong.title} is wrong. Correct: {''.join(better)}"
 
 
-# ------------------------------------------------------------------------ answers, by value
-PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,234  0.5  .5
-LATEX_FRACTION = re.compile(rf"\\[dtc]?frac\s*(?:{{\s*(-?(?:{PLAIN}))\s*}}|([0-9]))\s*(?:{{\s*({PLAIN})\s*}}|([0-9]))")
-NUMBER = re.compile(rf"([+-]?)\s*(?:([0-9]+)\s+)?({PLAIN})\s*(?:/\s*({PLAIN}))?\s*(%?)")
-# What may stand around a number: a currency, words and units, "x =", degrees.
-AROUND = re.compile(r"[$€£*]|\b[^\W\d_]{2,}(?:\^\{?[23]\}?)?[:.]?(?=\s|$)|^.*=|\^\{?\\circ\}?|°")
-
-
-def number(text: str) -> Fraction | None:
-    """The value of 12, -0.5, 1,234, 1/2, 1 1/2 (mixed), \\frac12 or 50%; None of anything else."""
-    text = LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
-    match = NUMBER.fullmatch(text)
-    if not match or (match[2] and not match[4]):  # "1 2" is no number, "1 1/2" is one
-        return None
-    over, under = (Fraction(part.replace(",", "").rstrip(".")) for part in (match[3], match[4] or "1"))
-    if not under:
-        return None
-    value = (int(match[2] or 0) + over / under) * (-1 if match[1] == "-" else 1)
-    return value / 100 if match[5] else value
-
-
-def canonical(answer: str) -> str:
-    """One text for all spellings of an answer: of a number its value, as a fraction; else the text without dressing.
-
-    1/2, 0.5, \\frac12, $\\boxed{\\dfrac{1}{2}}$, 50\\% and "The answer is 0.50." agree. Sets, pairs and
-    expressions are compared as written, but for white space.
-    """
-    if len(answer) > 1000:
-        return "".join(answer.split())
-    text = answer
-    if (start := answer.rfind("\\boxed{")) >= 0:  # what it holds, up to the brace that closes it
-        text = answer[start + len("\\boxed") :]
-        depths = accumulate((c == "{") - (c == "}") for c in text)
-        text = text[1 : next((n for n, depth in enumerate(depths) if depth == 0), len(text))]
-    text = re.sub(r"\\(?:text|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\left|\\right|\\[!,;: ()\[\]]|~", lambda m: "" if m[0] == "\\," else " ", text)
-    for spelling, plain in ("{,}", ","), ("\\%", "%"), ("\\$", "$"), ("\N{MINUS SIGN}", "-"):
-        text = text.replace(spelling, plain)
-    text = text.lstrip(" \t\n:$*").rstrip(" \t\n.,;:$*")
-    value = number(text)
-    value = number(AROUND.sub("", text).lstrip(" :").rstrip(" .,;:")) if value is None else value
-    if value is not None:
-        return str(value)
-    text = re.sub(r"(?i)^.*\banswer(?: is)?:?\s", "", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("$", "")
-    return " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split()).casefold()
-
-
-def extract_answer(completion: str) -> str | None:
-    """What stands in the last closed <answer>, in its canonical spelling, or None."""
-    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
-    return canonical(answers[-1]) if answers else None
-
-
-def is_correct(completion: str, answer: str) -> bool:
-    """The reward in training and the grade in evaluation: one and the same. Compares values, not spellings."""
-    return extract_answer(completion) == canonical(answer)
-
-
-def keeps_format(completion: str) -> bool:
-    """Does it have the steps 1, 2, 3, … and then an answer, each in tags of its own?"""
-    names = [step.name for step in parse_steps(completion)]
+def keeps_format(attempt):
+    """True for the steps 1, 2, 3, … followed by one answer, each in its own tags."""
+    names = [step.name for step in parse_steps(attempt)]
     return len(names) > 1 and names == [f"step_{n}" for n in range(1, len(names))] + ["answer"]
 
 
-def no_walk(critique: str, answer: str) -> str:
-    """Why a text is not usable as a corrected walk, or "" if it is."""
-    names = [step.name for step in parse_steps(critique)]
-    if not any(name.startswith("step") for name in names):
-        return "no steps"
-    if "answer" not in names:
-        return "no answer"
-    return "" if is_correct(critique, answer) else "wrong answer"
+# ================================================================================ answers
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,234  0.5  .5
+NUMBER = re.compile(rf"([+-]?)\s*(?:([0-9]+)\s+)?({DIGITS})\s*(?:/\s*({DIGITS}))?")
+# A unit: a percent sign, a known abbreviation, or words. "5 million" and "2 thirds" are no units.
+SHORT = r"[mcdk]?m|in|ft|yd|mi|[mk]?g|lbs?|oz|[mk]?l|s|min|hr?|hrs|h|km/h|mph|m/s"
+SCALE = (
+    r"(?:\S+ths|half|halves|thirds|quarters|dozen|(?:hundred|thousand|[mbtr]+illion)s?|squared)\b"
+)
+UNIT = re.compile(
+    rf"(?<=[0-9.])\s*(%|(?:{SHORT})(?:\^[23])?)$|(?<=[0-9.])\s+(?!{SCALE})([a-z]{{3,}}[a-z ]*)$",
+    re.I,
+)
 
 
-# ------------------------------------------------------------------------ last-digit arithmetic
-# `3*7+8*4+6*6`, every result kept modulo 10. There are two ways to work, equally right:
-#   own        3*7=1  8*4=2  6*6=6  1+2=3  3+6=9     all products from the left, then the sums
-#   reference  ×66→6  ×84→2  ⊕62→8  ×37→1  ⊕81→9     from the right, each sum as soon as it can be; operator first
-OWN, REFERENCE = "*+=", "×⊕→"  # a way, and its symbols: times, plus, equals
-CALCULATION = re.compile(r"[0-9][*+][0-9]=[0-9]|[×⊕][0-9][0-9]→[0-9]")
-PROBLEM = re.compile(r"[0-9]\*[0-9](\+[0-9]\*[0-9])*")
-
-
-def times(a: int, b: int) -> int:
-    return a * b % 10
-
-
-def carry_on(products, values, ways, product=times, slip=None):
-    """Works a problem out from any point on. Returns (the remaining steps' texts, the answer).
-
-    products: the factors (a, b) of the products still to take, in the problem's order.
-    values: the results still to be added up.
-    ways: OWN or REFERENCE for each remaining step; beyond the last, as the last.
-    product: what a times b is; pretraining passes a made-up table.
-    slip: (n, value) writes that value into the n-th step from here, and carries on from it.
-    """
-    products, values, steps = list(products), list(values), []
-    while products or len(values) > 1:
-        way = ways[min(len(steps), len(ways) - 1)]
-        multiply, add, equals = way
-        if len(values) > 1 and (way == REFERENCE or not products):
-            symbol, (a, b), values = add, values[:2], values[2:]
-            result = (a + b) % 10
-        else:
-            symbol, (a, b) = multiply, products.pop(0 if way == OWN else -1)
-            result = product(a, b)
-        if slip and slip[0] == len(steps):
-            result = slip[1]
-        steps.append((f"{a}{symbol}{b}" if way == OWN else f"{symbol}{a}{b}") + f"{equals}{result}")
-        values = [result] + values if symbol == add else values + [result]
-    return steps, values[0]
-
-
-def read_step(text: str) -> tuple[str, int, int, int] | None:
-    """(symbol, a, b, result) of a step's text in either way, or None if it is no calculation."""
-    if not CALCULATION.fullmatch(text):
+def number(text):
+    """The value of 12, -0.5, 1,234, 1/2 or 1 1/2 (mixed); None of anything else."""
+    match = NUMBER.fullmatch(text)
+    if not match or (match[2] and not match[4]):  # "1 2" is no number, "1 1/2" is one
         return None
-    symbol, a, b = text[:3] if text[0] in REFERENCE else (text[1], text[0], text[2])
-    return symbol, int(a), int(b), int(text[4])
+    over, under = (
+        Fraction(part.replace(",", "").rstrip(".")) for part in (match[3], match[4] or "1")
+    )
+    if not under:
+        return None
+    value = int(match[2] or 0) + over / under
+    return -value if match[1] == "-" else value
 
 
-def factors(problem: str) -> list[tuple[int, int]]:
-    """`3*7+8*4` as [(3, 7), (8, 4)]. Raises ValueError if the text is no such problem."""
-    if not PROBLEM.fullmatch(problem):
-        raise ValueError(f"not a problem of the embedded task: {problem[:60]!r}")
-    return [(int(term[0]), int(term[2])) for term in problem.split("+")]
+def plain_fraction(match):
+    r"""\frac{n(n+1)}{2} as n(n+1)/2, with brackets where the plain form needs them."""
+    over, under = match[1] or match[2], match[3] or match[4]
+    over = over if re.fullmatch(r"-?[^-+]+|[\w.]*\([^()]*\)", over) else f"({over})"
+    under = under if re.fullmatch(r"[0-9.,]+|[A-Za-z]", under) else f"({under})"
+    return f" {over}/{under}"
 
 
-def judge(attempt: str) -> list[bool]:
-    """For each step and answer that `parse_steps` finds: is it right in itself?
+# One rule a line, in order: (pattern, replacement).
+RULES = [
+    (r"(?s)^.*\\boxed\s*\{(.*)\}[^{}]*$", r"\1"),
+    (r"\\(?:text|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1"),
+    (r"\{,\}", ","),
+    (r"\\left|\\right|\\[!,;:]|\^\s*\{?\\circ\}?|°", ""),
+    (r"\\[ ()\[\]]|~", " "),
+    (r"\\([%${}])", r"\1"),
+    ("\N{MINUS SIGN}", "-"),
+    (r"(?i)^.*\banswer(?: is)?:?\s", ""),
+    (r"^[\s:$*]+|[\s.,;:$*]+$", ""),
+    (r"^[A-Za-z]\s*=\s*(?=[^=,<>!]*$)(?!.*\bor\b)", ""),  # "x = 5", never "x = 1, y = 2"
+    (r"([\^_])\{(\w)\}", r"\1\2"),
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", plain_fraction),
+    (r"^\s*\(([A-Z])\)$", r"\1"),  # a multiple-choice letter
+    (r"^\s+|\s+$|\$", ""),
+    (r"^([0-9]{1,9})\^([0-9]{1,2})$", lambda m: str(int(m[1]) ** int(m[2]))),  # 10^3
+]
 
-    A step is, when its own arithmetic holds, even if it starts from an earlier wrong value; an
-    answer, when it repeats the value of the step before.
+
+def read_answer(text):
+    r"""(value, unit) of an answer; of a number the value is a fraction, else the cleaned text.
+
+    1/2, 0.5, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." agree. Sets, pairs and
+    expressions are compared as written, except for white space and LaTeX spelling.
     """
-    verdicts, previous = [], None
-    for step in parse_steps(attempt):
-        calculation = read_step(step.text)
-        if step.name == "answer":
-            verdicts.append(step.text.strip() == previous)
-        else:
-            verdicts.append(_holds(calculation))
-            previous = step.text[4] if calculation else None
-    return verdicts
+    if len(text) > 1000:
+        return "".join(text.split()), ""
+    for pattern, replacement in RULES:
+        text = re.sub(pattern, replacement, text)
+    unit = UNIT.search(text)
+    value = number(text[: unit.start()] if unit else text)
+    if value is not None:
+        return str(value), (unit[1] or unit[2]).lower() if unit else ""
+    text = " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split())
+    is_word = re.fullmatch(r"(?i)(no|[a-z]{3,})( [a-z]+)*", text)
+    return text.lower() if is_word else text, ""
 
 
-def _holds(calculation) -> bool:
-    if calculation is None:
+def extract_answer(completion):
+    """The last closed <answer> in its canonical spelling, or None. Maj@k counts votes by it."""
+    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
+    return " ".join(read_answer(answers[-1])).strip() if answers else None
+
+
+def is_correct(completion, answer):
+    """The reward in training and the grade in evaluation. Compares values, not spellings.
+
+    A unit may be missing on one side. 60% is right where the answer is 60 or 0.6.
+    """
+    given = extract_answer(completion)
+    if given is None:
         return False
-    symbol, a, b, result = calculation
-    return result == (times(a, b) if symbol in "*×" else (a + b) % 10)
+    (value, unit), (wanted, wanted_unit) = read_answer(given), read_answer(answer)
+    if value == wanted:
+        return unit == wanted_unit or not (unit and wanted_unit)
+    if {unit, wanted_unit} != {"%", ""}:
+        return False
+    percent, share = (value, wanted) if unit else (wanted, value)
+    return number(percent) / 100 == number(share)
 
 
-def corrected_walk(problem: str, attempt: str) -> str:
-    """What the faithful scribe writes (see the four cases above).
-
-    Copies steps while each takes a product or a sum that is still open, and takes it right; then
-    carries on from there, each step in the way that the attempt has at the same place. An attempt
-    that cannot be read gets a fresh solution in the solver's own way.
-    """
-    products, values, copied = factors(problem), [], []
-    texts = [step.text for step in parse_steps(attempt)]
-    for text in texts:
-        calculation = read_step(text)
-        if not _holds(calculation):
-            break
-        symbol, a, b, result = calculation
-        if symbol in "*×" and (a, b) in products:
-            products.remove((a, b))
-            values.append(result)
-        elif symbol in "+⊕" and _takes(values, a, b):
-            values.insert(0, result)
-        else:
-            break
-        copied.append(text)
-    ways = [REFERENCE if text[0] in REFERENCE else OWN for text in texts if read_step(text)] or [OWN]
-    rest, answer = carry_on(products, values, ways[len(copied) :] or ways[-1:])  # beyond its end: as its last step
-    return join_steps(copied + rest, answer)
+# ================================================================================ critics
+CACHE = Path("runs") / "cache"
 
 
-def _takes(values: list[int], a: int, b: int) -> bool:
-    """Takes a and b out of the values if both are there."""
-    left = list(values)
-    for value in (a, b):
-        if value not in left:
-            return False
-        left.remove(value)
-    values[:] = left
-    return True
-
-
-# ------------------------------------------------------------------------ critics
 @dataclass(frozen=True)
 class Critique:
-    text: str | None  # the corrected walk, or None: the critic failed
-    failure: str = ""  # why it failed, in a few words
-    tokens: int = 0  # that the critic read and wrote; 0 if it is no model
+    text: str | None  # the corrected walk; None if the critic failed
+    failure: str = ""  # why it failed
 
 
-def scribe(problems: list[str], attempts: list[str], prompts: list[str]) -> list[Critique]:
-    """The rule-based critic of the embedded task."""
-    critiques = []
-    for problem, attempt in zip(problems, attempts, strict=True):
-        try:
-            critiques.append(Critique(corrected_walk(problem, attempt)))
-        except ValueError as error:
-            critiques.append(Critique(None, failure=str(error)))
-    return critiques
+def usable_walk(text, answer):
+    """The tagged part of what a critic wrote, if it has steps and the right answer."""
+    text = (text or "").rpartition("</think>")[2]
+    steps = parse_steps(text)
+    if not any(step.name == "answer" for step in steps[1:]):
+        return Critique(None, "no steps or no answer")
+    if not is_correct(text, answer):
+        return Critique(None, "wrong answer")
+    return Critique(" ".join(text[step.start : step.end] for step in steps))
 
 
-def without_thinking(text: str) -> str:
-    """What a model wrote after its thinking. Some templates open the thinking in the prompt: no tag opens it here."""
-    text = text.encode("utf-8", "replace").decode()  # JSON may hold half a character, which breaks a tokenizer
-    return text.rpartition("</think>")[2].strip()
+def rule_critic(path):
+    """A rule's file has critique(problem, attempt) -> text or None and, if it can, judge."""
+    critique = runpy.run_path(path)["critique"]
+
+    def ask(rollouts, messages):
+        return [usable_walk(critique(r.problem, r.text), r.problem.answer) for r in rollouts]
+
+    return ask
 
 
-def local_critic(model, tokenizer, max_tokens: int, batch_size: int):
-    """answers(prompts) of a frozen chat model, greedy: yields (index, Critique), a batch at a time."""
+def server_critic(url, model, max_tokens, parallel):
+    """answer(messages) of an OpenAI-compatible server; yields (index, text, failure or "").
 
-    def answers(prompts):
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) if chats else []
-        limit = getattr(model.config, "max_position_embeddings", None) or float("inf")
-        fits = [n for n, prompt in enumerate(ids) if len(prompt) + max_tokens <= limit]
-        for n in set(range(len(ids))).difference(fits):
-            yield n, Critique(None, "the prompt does not fit the critic")
-        ends, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-        for start in range(0, len(fits), batch_size):
-            batch = fits[start : start + batch_size]
-            width = max(len(ids[n]) for n in batch)
-            padded = torch.tensor([[pad] * (width - len(ids[n])) + ids[n] for n in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(ids[n])) + [1] * len(ids[n]) for n in batch], device=model.device)
-            with torch.no_grad():
-                output = model.generate(padded, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
-            for n, row in zip(batch, output[:, width:].tolist()):
-                end = next((t for t, token in enumerate(row) if token in ends), None)
-                tokens = len(ids[n]) + (len(row) if end is None else end + 1)
-                if end is None:
-                    yield n, Critique(None, f"cut off after {max_tokens} tokens", tokens)
-                else:
-                    text = tokenizer.decode(row[:end], skip_special_tokens=True)
-                    yield n, Critique(without_thinking(text), "", tokens)
-
-    return answers
-
-
-PAUSES = (1, 2, 4, 8, 16)  # seconds before each new try
-LARGEST = 2**24  # bytes of a server's answer
-
-
-def http_critic(url: str, model: str, max_tokens: int, at_once: int, timeout: float):
-    """answers(prompts) of an OpenAI-compatible server at url, greedy: yields (index, Critique) as they come.
-
-    The key, if one is needed, is read from the environment, CRITIC_API_KEY. Raises Stop if the server refuses it.
+    The key is read from CRITIC_API_KEY. Raises UserError if the server refuses it.
     """
-    key = os.environ.get("CRITIC_API_KEY", "")
+    # With no key the client would send the user's Hugging Face token to this server.
+    key = os.environ.get("CRITIC_API_KEY", "none")
+    client = InferenceClient(base_url=url, api_key=key, timeout=600)  # seconds without data
+    options = {"model": model, "max_tokens": max_tokens, "temperature": 0}
 
-    def post(prompt: str) -> dict:
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
-        body |= {"temperature": 0, "max_tokens": max_tokens}
-        request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        if key:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        deadline, answer = time.monotonic() + timeout, b""
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            while part := response.read1(2**16):
-                answer += part
-                if len(answer) > LARGEST:
-                    raise ValueError("more than 16 MiB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError("it does not come to an end")
-            if response.length:  # bytes that were announced and did not come
-                raise http.client.IncompleteRead(answer)
-        return json.loads(answer)
-
-    def one(numbered) -> tuple[int, Critique]:
-        n, prompt = numbered
-        for pause in (*PAUSES, None):
+    def ask_server(numbered):
+        n, message = numbered
+        for pause in (1, 2, 4, 8, 16, None):  # seconds before the next try
             try:
-                answer = post(prompt)
-                choice, usage = answer["choices"][0], answer.get("usage") or {}
-                cut_off = choice.get("finish_reason") == "length"
-                tokens = int(usage.get("total_tokens") or max_tokens * cut_off)
-                if cut_off:
-                    return n, Critique(None, f"cut off after {max_tokens} tokens", tokens)
-                return n, Critique(without_thinking(choice["message"]["content"]), "", tokens)
-            except urllib.error.HTTPError as error:
-                failure = f"HTTP {error.code}"
-                if error.code in (401, 403):
-                    raise Stop(f"the critic at {url} refuses the key ({failure}): set CRITIC_API_KEY") from None
-                if error.code not in (408, 429) and error.code < 500:
-                    break
-            except (OSError, http.client.HTTPException) as error:  # no connection, cut short, timed out
-                failure = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                failure = "its answer is no chat completion"
-                break
-            if pause:
-                time.sleep(pause)
-        return n, Critique(None, failure)
+                chat = client.chat_completion([{"role": "user", "content": message}], **options)
+                choice = chat.choices[0]
+                cut_off = choice.finish_reason == "length"
+                return n, choice.message.content, "cut off" if cut_off else ""
+            except Exception as error:  # transport, protocol and format errors of several libraries
+                status = getattr(getattr(error, "response", None), "status_code", 0)
+                failure = f"HTTP {status}" if status else str(error).split("\n")[0]
+                malformed = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
+            if status in (401, 403):
+                raise UserError(f"{url} refuses the key ({failure}): set CRITIC_API_KEY")
+            if malformed or pause is None or (400 <= status < 500 and status not in (408, 429)):
+                return n, "", failure
+            time.sleep(pause)
 
-    def answers(prompts):
-        with ThreadPool(at_once) as pool:  # left early, it waits for nobody: its threads are daemons
-            yield from pool.imap_unordered(one, enumerate(prompts))
+    def answer(messages):
+        with ThreadPool(parallel) as pool:  # its threads are daemons: Ctrl-C does not wait for them
+            yield from pool.imap_unordered(ask_server, enumerate(messages))
 
-    return answers
+    return answer
 
 
-def remembering(answers, name: str, file: Path):
-    """ask(problems, attempts, prompts) over `answers`: what a critic has answered once is read from the file.
+def cached(answer, identity):
+    """ask(rollouts, messages) over a critic's `answer`, which sees each message only once.
 
-    Raises Stop if no prompt of a call gets an answer at all: the critic is not there.
+    Each answer is kept in a file. Raises UserError if no message of a call is answered.
     """
-    known = {}
-    if file.exists():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                known[row["prompt"]] = Critique(row["text"], "", row["tokens"])
-            except (ValueError, LookupError, TypeError):
-                continue  # empty, or cut short when its writer was killed
 
-    def ask(problems, attempts, prompts):
-        keys = [hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest() for prompt in prompts]
-        new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
-        failed, names = {}, list(new)
-        bar = tqdm(total=len(new), desc="critic", leave=False, disable=not new)
-        for n, critique in answers(list(new.values())):
-            bar.update()
-            if critique.text is None:
-                failed[names[n]] = critique
+    def file_of(message):
+        key = hashlib.sha256(json.dumps([identity, message]).encode()).hexdigest()
+        return CACHE / "critic" / f"{key[:32]}.txt"
+
+    def ask(rollouts, messages):
+        new = [message for message in dict.fromkeys(messages) if not file_of(message).exists()]
+        failures = {}
+        for n, text, failure in tqdm(answer(new), "critic", len(new), leave=False, disable=not new):
+            if failure or not text:
+                failures[new[n]] = Critique(None, failure or "empty answer")
                 continue
-            known[names[n]] = critique
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8") as log:
-                row = {"prompt": names[n], "text": critique.text, "tokens": critique.tokens}
-                log.write(f"\n{json.dumps(row)}\n")  # a line of its own, also behind one that was cut short
-        bar.close()
-        critiques = [known.get(key) or failed[key] for key in keys]
-        if critiques and not any(c.text or c.tokens for c in critiques):
-            raise Stop(f"the critic {name} answered none of {len(prompts)} prompts: {critiques[0].failure}")
+            with atomic_write(file_of(new[n])) as file:
+                file.write(text.encode("utf-8", "replace"))
+        if messages and set(failures) == set(messages):
+            raise UserError(f"the critic answers nothing: {failures[messages[0]].failure}")
+        critiques = []
+        for rollout, message in zip(rollouts, messages, strict=True):
+            if message in failures:
+                critiques.append(failures[message])
+            else:
+                text = file_of(message).read_text("utf-8")
+                critiques.append(usable_walk(text, rollout.problem.answer))
         return critiques
 
     return ask

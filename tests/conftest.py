@@ -1,59 +1,127 @@
-"""Shared by all tests: a tiny random model in the embedded task's own shape. Nothing is downloaded or built."""
+"""Shared by all tests: tiny random models, small problem sets, whole runs; no downloads."""
 
-import os
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
-
+import critic  # noqa: E402
 import sd  # noqa: E402
+
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+torch.set_num_threads(1)  # tiny models: a second thread only costs
+TOY = ROOT / "tests" / "toy"
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE["initializer_range"] = 0.3  # far from uniform predictions
+# The prompt format of Qwen, with its two ways to begin an answer.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: builds the real base model and trains; takes minutes (pytest -m slow)")
+    config.addinivalue_line("markers", "slow: trains the toy, takes minutes (pytest -m slow)")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.option.markexpr:
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+def byte_tokenizer(pad=None):
+    """A byte-level ChatML tokenizer that begins a text with <bos>, as Llama's does."""
+    special = ["<bos>", "<|im_end|>", "<|im_start|>", "<pad>"]  # 0, 1, 2, 3
+    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: n for n, token in enumerate(vocabulary)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder, bos = decoders.ByteLevel(), [("<bos>", 0)]
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
+    names = {"bos_token": "<bos>", "eos_token": "<|im_end|>", "pad_token": pad}
+    names["additional_special_tokens"] = ["<|im_start|>"]
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHATML, **names)
+
+
+def save_model(folder, tokenizer, kind=(Qwen3ForCausalLM, Qwen3Config), ends=1, seed=0, **shape):
+    """Saves a random model with a vocabulary larger than its tokenizer's. Returns the folder."""
+    torch.manual_seed(seed)
+    tokens = {"bos_token_id": None, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    config = kind[1](**({"vocab_size": 300} | SHAPE | tokens | shape))
+    kind[0](config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A saved random Qwen3 of 2 layers with the embedded tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = sd.embedded_tokenizer()
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    shape |= dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3)
-    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """A random Qwen3 of 2 layers with the toy's tokenizer, 256 positions."""
+    ends = [1, *range(40, 60)]  # so that completions differ in length
+    tokenizer, folder = AutoTokenizer.from_pretrained(TOY), tmp_path_factory.mktemp("tiny")
+    return save_model(folder, tokenizer, ends=ends, max_position_embeddings=256)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a few of the toy's problems: 8 to train, 3 to validate, 3 to test."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, count in ("train", 8), ("val", 3), ("test", 3):
+        rows = (TOY / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(rows[:count]), "utf-8")
     return folder
 
 
+@pytest.fixture(scope="session")
+def problems(world):
+    return critic.load_problems(world)[0]
+
+
 @pytest.fixture
-def tiny(tiny_folder):
+def small(tiny_folder, world):
+    """Settings of a small run."""
+    settings = {"model": tiny_folder, "data": world, "critic": TOY / "scribe.py", "device": "cpu"}
+    settings |= {"steps": 4, "problems_per_step": 3, "max_new_tokens": 12, "lora_rank": 4}
+    settings |= {"lora_alpha": 8, "eval_every": 2, "val_samples": 2}
+    return settings
+
+
+def flags(settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def make_config(small):
+    return lambda **settings: sd.parse_args(flags(small | settings), {})
+
+
+@pytest.fixture
+def tiny(make_config, tiny_folder):
     """(model, tokenizer), loaded anew for each test."""
-    return sd.load(str(tiny_folder), "cpu")
+    return sd.load_model(tiny_folder, make_config())
 
 
 @pytest.fixture
-def config():
-    """Makes settled settings, small ones unless told otherwise."""
+def run(small, capsys, monkeypatch):
+    """Runs main() in this process, without its test. Returns (exit status, stderr)."""
 
-    def make(**settings):
-        small = dict(problems_per_step=3, max_new_tokens=12, lora_rank=4, lora_alpha=8.0, device="cpu")
-        return sd.settled(sd.Config(**(small | settings)))
+    def start(out, *more, **settings):
+        capsys.readouterr()
+        try:
+            sd.main(flags(small | {"out": out} | settings) + list(more))
+            return 0, capsys.readouterr().err
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
 
-    return make
+    start.tested = []
+    monkeypatch.setitem(sys.modules, "eval", SimpleNamespace(main=start.tested.append))
+    return start
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

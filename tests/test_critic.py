@@ -1,119 +1,365 @@
-"""The scribe: the paper's four cases, both ways, and attempts that cannot be read."""
+"""critic.py: problems, step-tagged text, answers by value, and the three critics."""
 
+import json
 import random
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
+import torch
+from conftest import byte_tokenizer, save_model
 
-from critic import OWN, REFERENCE, carry_on, corrected_walk, factors, join_steps, judge, parse_steps, read_step, scribe
+import critic
+import sd
+from critic import Critique, Problem, UserError
 
-PROBLEM = "3*7+8*4+6*6"
-RIGHT = join_steps(["3*7=1", "8*4=2", "6*6=6", "1+2=3", "3+6=9"], 9)
-RIGHT_REFERENCE = join_steps(["×66→6", "×84→2", "⊕62→8", "×37→1", "⊕81→9"], 9)
-
-
-def test_both_ways_of_working_end_in_the_same_answer():
-    rng = random.Random(1)
-    for _ in range(200):
-        terms = [(rng.randrange(10), rng.randrange(10)) for _ in range(rng.randint(1, 5))]
-        expected = sum(a * b for a, b in terms) % 10
-        for ways in [OWN], [REFERENCE], rng.choices([OWN, REFERENCE], k=5):
-            steps, answer = carry_on(terms, [], ways)
-            assert answer == expected and len(steps) == 2 * len(terms) - 1
-    assert join_steps(*carry_on(factors(PROBLEM), [], [OWN])) == RIGHT
-    assert join_steps(*carry_on(factors(PROBLEM), [], [REFERENCE])) == RIGHT_REFERENCE
-
-
-@pytest.mark.parametrize("attempt", [RIGHT, RIGHT_REFERENCE])
-def test_case_a_a_right_attempt_is_reproduced(attempt):
-    assert corrected_walk(PROBLEM, attempt) == attempt
-    assert all(judge(attempt))
-
-
-def test_case_b_a_missing_step_is_inserted():
-    attempt = join_steps(["3*7=1", "8*4=2", "1+2=3", "3+6=9"], 9)  # never says what 6*6 is
-    walk = corrected_walk(PROBLEM, attempt)
-    assert walk == join_steps(["3*7=1", "8*4=2", "1+2=3", "6*6=6", "3+6=9"], 9)
-
-
-@pytest.mark.parametrize("kept", range(6))
-def test_case_c_an_unfinished_attempt_is_finished(kept):
-    whole = parse_steps(RIGHT)
-    attempt = RIGHT[: whole[kept].start] + "<step_9>6*"  # stopped in the middle of a step
-    assert corrected_walk(PROBLEM, attempt) == RIGHT
+ROLLOUT = sd.Rollout(Problem("p", "s", "9"), [], [], "attempt", 0.0)
+# Values, each with other spellings of it: "value | spelling | spelling ; value | spelling".
+EQUAL = r"""
+1/2 | 0.5 | .5 | 0.50 | 50% | 50\% | 50 % | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 1 2 | 2/4
+1/2 | $\frac{1}{2}$ | \(\frac{1}{2}\) | \boxed{\frac{1}{2}} | \boxed{0.5}. | $\boxed{\dfrac{1}{2}}$
+-1/2 | -\frac{1}{2} | \frac{-1}{2} | −0.5 ; 3/2 | 1 1/2 | 1\frac{1}{2} | 1\frac12 ; -3/2 | -1 1/2
+1234 | 1,234 | 1{,}234 | 1\,234 ; 1234567 | 1,234,567 ; 1234.5 | 1,234.50 ; 1000 | 10^3
+12 | $12 | \$12 | $12$ | $12.00 | 12 dollars ; -3 | −3 | - 3 ; 0 | -0 | 0.0 ; A | (A)
+3 | +3 | 3. | 3.0 | 003 | The answer is 3. | the final answer is: 3 | x = 3 | x=3. | \boxed{x = 3}
+3 | 3 apples | 3 apples. | **3** ; 5 | 5\text{ cm} | 5 \mathrm{cm}^2 | 5 cm^2 | 5 m | 5kg
+20 | 20 km/h ; 60 | 60% ; 0.6 | 60% ; 90 | 90^\circ | 90^{\circ} | 90° ; x+1 | x + 1 ; x^2 | x^{2}
+(1,2) | ( 1, 2 ) | \left(1, 2\right) | The answer is (1, 2). ; {1,2} | {1, 2} | \{1,2\}
+\{1,2\} | \boxed{\{1, 2\}} ; \frac{x}{2} | \dfrac{x}{2} ; n(n+1)/2 | \frac{n(n+1)}{2}
+\sqrt{2} | $\sqrt{2}$ | \sqrt2 ; 2\sqrt{3} | \boxed{2\sqrt{3}} ; Friday | friday
+no solution | No solution.
+"""
+UNEQUAL = r"""
+1/2 | 1/3 ; 0.5 | 50 | 5 ; 1 | 1/0 | x+1 | True | 1 cm^2/s ; 12 | 1 2 | 12 - 5 ; 1234 | 12,34
+3 | -3 | 2x | 3 or 4 | three | ٣ | 0x3 | 3 hours 20 minutes | negative 3 | 3 thirds ; 1/3 | 0.333
+(1,2) | (2,1) | 1,2 ; {1,2} | {2,1} ; 10 | 1e1 | 10^2 ; 5 kg | 5 m | 5 cm
+5 | \boxed{}5 | __import__('os') | 5 million | 5 dozen ; x + y = 10 | x - y = 10 | 10
+0 | 2x+1=0 ; 25 | x^2+y^2=25 ; x=7, y=2 | x=1, y=2 | 2 ; x <= 3 | x >= 3 | 3 ; -2 | x=3 or x=-2
+2*3 | 23 ; 2 or 1/2 | 5/2 | 1/2 ; X | x
+"""
 
 
-@pytest.mark.parametrize("way, right", [(OWN, RIGHT), (REFERENCE, RIGHT_REFERENCE)])
-@pytest.mark.parametrize("wrong_step", range(5))
-def test_case_d_a_wrong_step_is_rewritten_and_what_stands_before_is_verbatim(way, right, wrong_step):
-    true_value = int(parse_steps(right)[wrong_step].text[-1])
-    slip = (wrong_step, (true_value + 3) % 10)
-    attempt = join_steps(*carry_on(factors(PROBLEM), [], [way], slip=slip))
-    walk = corrected_walk(PROBLEM, attempt)
-    assert walk == right and walk.startswith(attempt[: parse_steps(attempt)[wrong_step].start])
-    # Later steps go on from the wrong value, and are right in themselves.
-    assert judge(attempt) == [n != wrong_step for n in range(6)]
+def pairs(table):
+    rows = [row.split(" | ") for row in table.strip().replace("\n", " ; ").split(" ; ")]
+    return [(value, other) for value, *others in rows for other in others]
 
 
-def test_a_wrong_answer_after_right_steps_is_rewritten():
-    attempt = RIGHT.replace("<answer>9", "<answer>4")
-    assert corrected_walk(PROBLEM, attempt) == RIGHT
-    assert judge(attempt) == [True] * 5 + [False]
+def graded(given, answer):
+    return critic.is_correct(f"<answer>{given}</answer>", answer)
 
 
-def test_steps_in_another_order_are_kept():
-    attempt = join_steps(["6*6=6", "3*7=1", "6+1=7", "8*4=3"], 0)
-    assert corrected_walk(PROBLEM, attempt) == join_steps(["6*6=6", "3*7=1", "6+1=7", "8*4=2", "7+2=9"], 9)
+@pytest.mark.parametrize("one, other", pairs(EQUAL))
+def test_spellings_of_one_value_agree(one, other):
+    assert graded(one, other) and graded(other, one) and graded(f" {other} \n", one)
 
 
-@pytest.mark.parametrize("step", ["2*2=4", "3*7=1", "5+5=0"])
-def test_a_true_step_that_the_problem_does_not_call_for_is_not_kept(step):
-    attempt = join_steps(["3*7=1", step], 9)
-    assert corrected_walk(PROBLEM, attempt) == RIGHT
+@pytest.mark.parametrize("one, other", pairs(UNEQUAL))
+def test_other_values_do_not_agree(one, other):
+    assert not graded(one, other) and not graded(other, one) and graded(other, other)
 
 
-@pytest.mark.parametrize("attempt", ["", "nine", "<answer>9</answer>", "<step_1>what?</step_1>", "<step_1>", "٣*7=1"])
-def test_an_attempt_that_cannot_be_read_gets_a_fresh_solution(attempt):
-    assert corrected_walk(PROBLEM, attempt) == RIGHT
+def test_the_last_answer_in_tags_counts_by_its_value():
+    texts = ["<answer>0.5</answer>", r"<answer>4</answer><answer>$\frac12$</answer>"]
+    assert critic.extract_answer(texts[0]) == critic.extract_answer(texts[1])
+    for text in "", "3", r"\boxed{3}", "<answer>3", "<step_1>3</step_1>", "<answer></answer>":
+        assert not critic.is_correct(text, "3")
 
 
-def test_a_problem_of_another_kind_is_a_failure_and_no_text():
-    good, bad = scribe([PROBLEM, "How many sheep?"], [RIGHT, RIGHT], ["", ""])
-    assert good.text == RIGHT and not good.failure
-    assert bad.text is None and "How many sheep?" in bad.failure
+# ------------------------------------------------------------------------ step-tagged text
+def tagged(steps, answer="9"):
+    """Each character a step."""
+    text = " ".join(f"<step_{n}>{step}</step_{n}>" for n, step in enumerate(steps, 1))
+    return f"{text} <answer>{answer}</answer>".strip()
 
 
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        ("<step_1>a</step_1> x <answer>b</answer>", [("step_1", "a"), ("answer", "b")]),
-        ("<step_1><step_2>b</step_2></step_1>", [("step_2", "b")]),
-        ("<step_1>a</step_2>", []),
-        ("</step_1><step_1>", []),
-        ("<step_1>a</step_1><step_1>b</step_1>", [("step_1", "a"), ("step_1", "b")]),
-        ("<step_99999>a</step_99999>", []),
-    ],
-)
-def test_parse_steps(text, found):
-    steps = parse_steps(text)
-    assert [(s.name, s.text) for s in steps] == found
-    assert all(text[s.start : s.end] == f"<{s.name}>{s.text}</{s.name}>" for s in steps)
+WALK = tagged("ab")
 
 
-def test_each_step_keeps_its_way():
-    """An attempt may mix them; a walk that unified them would be about words, where the error is in a value."""
-    attempt = "<step_1>×66→6</step_1><step_2>3*7=2</step_2><step_3>⊕62→8</step_3><step_4>8*4=2</step_4>"
-    assert corrected_walk("3*7+8*4+6*6", attempt) == (
-        "<step_1>×66→6</step_1><step_2>3*7=1</step_2><step_3>⊕61→7</step_3><step_4>8*4=2</step_4>"
-        "<step_5>7+2=9</step_5><answer>9</answer>"  # beyond the attempt: as its last step
-    )
+def test_steps_are_parsed_and_compared():
+    for text, found in {
+        "<step_1>a</step_1> x <answer>b</answer>": [("step_1", "a"), ("answer", "b")],
+        "<step_1><step_2>b</step_2></step_1>": [("step_2", "b")],
+        "<step_1>a</step_1><step_1>b</step_1>": [("step_1", "a"), ("step_1", "b")],
+        "<step_1>a</step_2></step_1><step_99999>a</step_99999>": [],
+    }.items():
+        steps = critic.parse_steps(text)
+        assert [(s.name, s.text) for s in steps] == found
+        assert all(text[s.start : s.end] == f"<{s.name}>{s.text}</{s.name}>" for s in steps)
+    assert critic.keeps_format(WALK) and critic.keeps_format(tagged("a").replace(" ", "\n"))
+    for bad in tagged(""), WALK.replace("step_2", "step_3"), "<step_1>a</step_1>", WALK + WALK, "":
+        assert not critic.keeps_format(bad)
+    for attempt, name in {
+        tagged("abc"): None,
+        tagged("axx"): "step_2",
+        tagged("abc", "8"): "answer",
+        tagged("abcd"): "step_4",  # a step too many
+        "<step_1> a\n</step_1>": None,  # unfinished: nothing in it is wrong
+    }.items():
+        step = critic.first_difference(attempt, tagged("abc"))
+        assert (step and step.name) == name
 
 
-@pytest.mark.parametrize("text", ["3×7→1", "*37=1", "3*7→1", "×37=1", "3*7=11", "×377→1", "", "٣*7=1", " 3*7=1"])
-def test_read_step_takes_each_way_whole(text):
-    assert read_step(text) is None
-    assert read_step("3*7=1") == ("*", 3, 7, 1) and read_step("⊕62→8") == ("⊕", 6, 2, 8)
+def test_a_critique_is_the_tagged_part_of_a_walk_to_the_right_answer():
+    for walk in [
+        f"Step 2 was wrong!\n{WALK} Well done.",  # comments never reach the teacher
+        f"<think>{tagged('x')}</think> hm </think>{WALK}",  # after the last </think>
+    ]:
+        assert critic.usable_walk(walk, "9") == Critique(WALK)
+    for bad in f"{WALK}</think>", None, "<step_1>a</step_1>", "<answer>9</answer>":
+        assert critic.usable_walk(bad, "9") == Critique(None, "no steps or no answer")
+    assert critic.usable_walk(tagged("ab", "8"), "9") == Critique(None, "wrong answer")
 
 
-def test_steps_that_slip_into_the_reference_s_way_take_the_last_product_or_the_sum():
-    steps, answer = carry_on(factors(PROBLEM), [], [OWN, REFERENCE, REFERENCE, OWN, OWN])
-    assert steps == ["3*7=1", "×66→6", "⊕16→7", "8*4=2", "7+2=9"] and answer == 9
+# ------------------------------------------------------------------------ what models may write
+PIECES = [
+    *("<step_1>", "</step_1>", "<step_2>", "<answer>", "</answer>", "<step_", "</", "<", ">"),
+    *("</think>", "3*7=21", "9" * 50, "-", "1", ",", "234", ".", "/", "%", "$", "=", "x", " is "),
+    *("\\frac", "\\boxed{", "\\text{", "{", "}", "(", "^", "٣", "½", "−", "\x00", "\x1b[31m"),
+    *("\u202e", "\ud800", "{0}", "%s", "\n", "\t", " ", "🙂", "answer ", "halves ", "\\sqrt", "\\"),
+]
+
+
+def read(text):
+    """Everything that reads what a model wrote."""
+    rollout = replace(ROLLOUT, text=text, critique=WALK + text)
+    critic.keeps_format(text)
+    critic.is_correct(text, "9")
+    critic.is_correct("<answer>9</answer>", text)
+    critic.usable_walk(text, text)
+    sd.CONTEXTS["quote"](rollout)
+    sd.CONTEXTS["omit"](rollout)
+    assert sd.paint(text, -9.0).isprintable()
+
+
+def test_hostile_text_is_read_without_an_error():
+    rng = random.Random(0)
+    for _ in range(3000):
+        read("".join(rng.choices(PIECES, k=rng.randrange(20))))
+    assert not graded("9" * 5000, "9") and graded("9" * 900, "9" * 900 + ".0")
+
+
+@pytest.mark.parametrize("piece", [*PIECES, "<step_1></step_1>", "1 ", "a ", "\\frac{1}{", "1,"])
+def test_long_text_takes_linear_time(piece):
+    """A pattern with a back-reference took minutes where tags open and never close."""
+    began, many = time.perf_counter(), piece * (100_000 // len(piece))
+    read(many)
+    for answer in many, *("5" + many[:980] + end for end in ("", "1", "x")):  # read up to 1000
+        graded(answer, "9")
+    assert time.perf_counter() - began < 2
+
+
+# ------------------------------------------------------------------------ problems
+GOOD = '{"problem": "p", "solution": "s", "answer": "1"}'
+BAD_LINES = {  # a file's first lines -> what is said
+    GOOD + "\n{": "line 2: expected",
+    "[" * 100_000: "line 1: expected",
+    GOOD + "\n\n[1]": "line 3: expected",
+    GOOD.replace("p", "\\ud800", 2): "line 1: expected",
+    GOOD.replace('"s"', '"\udcff"'): "line 1: expected",  # not UTF-8
+    GOOD.replace('"s"', '" "'): "an empty text",
+    GOOD.replace('"1"', "1"): "line 1: expected",
+    GOOD.replace("answer", "result"): "'answer'",
+    GOOD + "\n" + GOOD: "duplicate problem, 2 times: 'p'",
+}
+
+
+@pytest.mark.parametrize("text", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_file_is_refused_with_file_and_line(text, tmp_path):
+    more = "".join("\n" + GOOD.replace('"p"', f'"q{n}"') for n in range(10))
+    path = tmp_path / "data.jsonl"
+    path.write_bytes((text + more).encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=BAD_LINES[text]) as error:
+        critic.load_problems(path)
+    assert "data.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_is_split_into_disjoint_sets_always_the_same(tmp_path):
+    path = tmp_path / "all.jsonl"
+    for count, sizes in (40, [28, 4, 8]), (1000, [850, 50, 100]):
+        names = [f'"p{n}"' for n in range(count)]
+        path.write_text("\n\n".join(GOOD.replace('"p"', name) for name in names) + "\n")
+        sets = critic.load_problems(path)
+        texts = [f'"{p.problem}"' for problems in sets for p in problems]
+        assert [len(problems) for problems in sets] == sizes and sets == critic.load_problems(path)
+        assert sorted(texts) == sorted(names) and texts != names
+    path.write_text(GOOD)
+    with pytest.raises(UserError, match="too few"):
+        critic.load_problems(path)
+
+
+def test_a_folder_holds_its_own_split(tmp_path):
+    for text in '"{}"', '"p"':
+        for name in "train", "val", "test":
+            (tmp_path / f"{name}.jsonl").write_text(GOOD.replace('"p"', text.format(name)))
+        if text != '"p"':
+            sets = critic.load_problems(tmp_path)
+            assert [problem.problem for [problem] in sets] == ["train", "val", "test"]
+    with pytest.raises(UserError, match="duplicate problem, 3 times: 'p'"):
+        critic.load_problems(tmp_path)
+
+
+# ------------------------------------------------------------------------ critics
+def test_a_rule_from_a_file(tmp_path):
+    rule = tmp_path / "rule.py"
+    rule.write_text(f"def critique(problem, attempt):\n    return {WALK!r} if attempt else None\n")
+    answers = critic.rule_critic(rule)([ROLLOUT, replace(ROLLOUT, text="")], ["", ""])
+    assert answers == [Critique(WALK), Critique(None, "no steps or no answer")]
+
+
+def chat(text, reason="stop"):
+    message = {"role": "assistant", "content": text}
+    return 200, json.dumps({"choices": [{"message": message, "finish_reason": reason}]}).encode()
+
+
+@contextmanager
+def server(reply):
+    """A server on this machine; reply(message, number of the request) -> (status, body)."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.path, self.headers, body))
+            status, content = reply(body["messages"][0]["content"], len(requests))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) + (status == 299)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", requests
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def ask_server(url, *messages, parallel=4):
+    answer = critic.server_critic(url, "judge", 100, parallel)
+    return critic.cached(answer, url)([ROLLOUT] * len(messages), messages)
+
+
+@pytest.fixture
+def pauses(monkeypatch, tmp_path):
+    """Records pauses instead of making them; requests to this machine are let through."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    made, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda s: made.append(s) if s >= 1 else sleep(s))
+    return made
+
+
+@pytest.mark.parametrize("key", ["secret", None])
+def test_the_request_is_greedy_and_carries_only_the_critics_key(key, pauses, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    monkeypatch.delenv("CRITIC_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("CRITIC_API_KEY", key)
+    with server(lambda message, n: chat(WALK)) as (url, requests):
+        assert ask_server(url, "one") == [Critique(WALK)] and not pauses
+    [(path, headers, body)] = requests
+    assert path == "/v1/chat/completions" and "hf_mine" not in str(headers)
+    assert not key or headers["Authorization"] == "Bearer secret"
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("judge", 100, 0)
+    assert body["messages"] == [{"role": "user", "content": "one"}] and not body.get("stream")
+
+
+def test_requests_run_in_parallel_and_answers_keep_their_places(pauses):
+    together = threading.Barrier(4)
+
+    def reply(message, n):
+        together.wait(10)  # one after another, they would wait in vain
+        return chat(tagged(message))
+
+    with server(reply) as (url, _):
+        assert [c.text for c in ask_server(url, *"abcdefgh")] == [tagged(m) for m in "abcdefgh"]
+
+
+BAD_REPLIES = {  # what a server does -> (status, body), what is said of it, how often it is asked
+    "html": ((200, b"<html>Welcome</html>"), "", 1),
+    "nothing": ((200, b""), "", 1),
+    "another shape": ((200, b'{"choices": []}'), "", 1),
+    "a number": ((200, b"3"), "", 1),
+    "not utf-8": ((200, b'{"choices": "\xff"}'), "", 1),
+    "null content": (chat(None), "empty answer", 1),
+    "cut off": (chat(WALK, "length"), "cut off", 1),
+    "wrong path": ((404, b"no such page"), "HTTP 404", 1),
+    "overloaded": ((429, b""), "HTTP 429", 6),
+    "broken": ((500, b"oops"), "HTTP 500", 6),
+    "half a body": ((299, b'{"choices"'), "", 6),
+}
+
+
+@pytest.mark.parametrize("behaviour", BAD_REPLIES)
+def test_a_bad_reply_is_a_failure_of_that_rollout_and_never_a_text(behaviour, pauses):
+    reply, said, times = BAD_REPLIES[behaviour]
+    with server(lambda message, n: chat(WALK) if message == "fine" else reply) as (url, sent):
+        bad, fine = ask_server(url, "bad", "fine")
+    assert bad.text is None and bad.failure and said in bad.failure and "\n" not in bad.failure
+    assert fine == Critique(WALK) and len(sent) == times + 1
+    assert pauses == [1, 2, 4, 8, 16][: times - 1]
+    with server(lambda message, n: chat(WALK) if n == times else reply) as (url, sent):
+        assert times == 1 or ask_server(url, "bad") == [Critique(WALK)]  # it recovered in time
+
+
+def test_a_refused_key_and_a_server_that_is_not_there_end_the_program(pauses):
+    with server(lambda message, n: (401, b"")) as (url, _):
+        with pytest.raises(UserError, match="refuses the key.*set CRITIC_API_KEY"):
+            ask_server(url, *"abc", parallel=1)
+        assert not pauses
+    with pytest.raises(UserError, match="answers nothing.*refused"):
+        ask_server(url, *"abc")
+
+
+def test_a_message_is_answered_once_for_all_critics_of_one_identity(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def ask(identity, *messages, failure=""):
+        def answer(new):
+            asked[:] = new
+            yield from [(n, tagged(m) if m != "empty" else "", failure) for n, m in enumerate(new)]
+
+        answers = critic.cached(answer, identity)([ROLLOUT] * len(messages), messages)
+        assert [a.text for a in answers] == [tagged(m) if m != "empty" else None for m in messages]
+        return asked
+
+    assert ask("judge", "a", "b", "a", "empty") == ["a", "b", "empty"]
+    assert ask("judge", "empty", "b", "c", "a") == ["empty", "c"]  # no failure is kept
+    assert ask("judge", "c", "a") == []
+    assert ask("other", "c", "a") == ["c", "a"]
+    with pytest.raises(UserError, match="lost"):
+        ask("judge", "d", failure="lost")
+    assert ask("judge", "d") == ["d"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_local_critic_is_greedy_and_never_the_trained_solver(
+    shared, tmp_path, make_config, monkeypatch
+):
+    """With the solver's own weights it answers as the base, however far the student has come."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(critic, "usable_walk", lambda text, answer: Critique(text))
+    ends = [1, *range(4, 80)]  # so that some answers end
+    solver = save_model("solver", byte_tokenizer("<pad>"), ends=ends)
+    other = save_model("other", byte_tokenizer("<pad>"), ends=ends, seed=1)
+    cfg = make_config(model=solver, critic=solver if shared else other, critic_max_tokens=6)
+    messages, expected = ["What?", "Which one of the two?", "Why?", "Who is it?", "When?"], []
+    plain, tokenizer = sd.load_model(cfg.critic, cfg)
+    for message in messages:
+        [ids] = sd.encode_chats(tokenizer, [message])
+        row = plain.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :].tolist()
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        expected.append(Critique(text) if row[-1] in ends else Critique(None, "cut off"))
+    assert 0 < sum(answer.text is None for answer in expected) < 5
+    model, tokenizer = sd.load_model(solver, cfg)
+    ask = sd.open_critic(cfg, model, tokenizer)
+    for adapter in sd.add_adapters(model, 4, 8.0):
+        adapter.data.add_(0.5)
+    assert ask([ROLLOUT] * 5, messages) == expected and sd.LoRALinear.enabled

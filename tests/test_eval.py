@@ -1,315 +1,300 @@
-"""eval.py: numbers against independent ones, the first wrong step, the page as an HTML parser sees it, bad input."""
+"""eval.py: numbers against independent ones, kinds of tokens, the cache, the page, bad input."""
 
-import dataclasses
+import html
 import importlib
 import json
 import math
-from html.parser import HTMLParser
-from pathlib import Path
-from xml.etree import ElementTree
+import os
+import re
+import statistics
 
 import pytest
 import torch
+from conftest import byte_tokenizer, flags, save_model
 
+import critic
 import sd
-from critic import first_difference, scribe
-from test_run import FAST
+from critic import Problem
 
-evaluation = importlib.import_module("eval")  # `import eval` would hide the builtin
-PROBLEM = "3*7+8*4+6*6"
-WRONG = "<step_1>3*7=1</step_1><step_2>8*4=3</step_2><step_3>×66→6</step_3><step_4>1+3=4</step_4><step_5>4+6=0</step_5><answer>0</answer>"
-RIGHT = WRONG.replace("8*4=3", "8*4=2").replace("1+3=4", "1+2=3").replace("4+6=0", "3+6=9").replace("r>0<", "r>9<")
-
-
-def rollout_of(text, tokenizer, problem=PROBLEM, answer="9"):
-    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-    [prompt] = sd.build_prompts(tokenizer, [problem], [None])
-    graded = float(sd.is_correct(text, answer))
-    return sd.Rollout(sd.Problem(problem, RIGHT, answer), prompt, ids, text, graded, 0.0, critique=RIGHT)
+ev = importlib.import_module("eval")  # `import eval` would hide the builtin
+RIGHT = "<step_1>2 * 3 = 6</step_1> <step_2>6 + 5 = 11</step_2> <answer>11</answer>"
+WRONG = "<step_1>2 * 3 = 6</step_1> <step_2>6 + 7 = 13</step_2> <answer>13</answer>"
+PROBLEM, NAN = Problem("2*3+1*5", RIGHT, "11"), math.nan
 
 
-# ------------------------------------------------------------------------ numbers
-def test_interval_on_known_cases():
-    assert evaluation.interval(evaluation.bootstrap([3.0] * 20)) == (3, 3, 3)
-    mean, low, high = evaluation.interval(evaluation.bootstrap([0.0, 1.0] * 100))
-    half = 1.96 * math.sqrt(0.25 / 200)  # the normal approximation for 200 coin flips
-    assert mean == 0.5 and abs(low - (0.5 - half)) < 0.01 and abs(high - (0.5 + half)) < 0.01
-    ratio, low, high = evaluation.interval(evaluation.bootstrap([1.0, 4.0], [1.0, 2.0]))
-    assert (ratio, low, high) == (5 / 3, 1, 2)  # of sums, not a mean of ratios; samples: 1/1, 5/3, 8/4
-    assert all(map(math.isnan, evaluation.interval(evaluation.bootstrap([0.0, 0.0], [0.0, 0.0]))))
+def attempt_of(text, tokenizer=None, problem=PROBLEM, **more):
+    ids = tokenizer.encode(text, add_special_tokens=False) + [1] if tokenizer else [5] * 4
+    more = {"reward": float(critic.is_correct(text, problem.answer)), "critique": RIGHT} | more
+    return ev.Attempt(problem, [7, 8, 9], ids, text=text, **more)
 
 
-def test_differences_are_paired():
-    """Two runs that swing together from problem to problem: their difference is known far better than either."""
-    swing = [100.0 * (n % 2) for n in range(50)]
-    better = {"avg": {"problems": [value + 1 for value in swing]}}
-    assert evaluation.differences({"a": {"avg": {"problems": swing}}, "b": better}) == {"b − a": (1, 1, 1)}
+# ------------------------------------------------------------------------ scores
+def test_intervals_against_a_direct_computation():
+    values = [[3.0, 1.0, NAN], [NAN, 2.0, NAN], [9.0, 4.0, NAN], [5.0, 9.0, NAN]]
+    found = ev.intervals(torch.tensor(values), ["a", "b", "nothing"])
+    drawn = torch.randint(4, (2000, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    for name, column in ("a", {0: 3, 2: 9, 3: 5}), ("b", {0: 1, 1: 2, 2: 4, 3: 9}):
+        samples = [[column[p] for p in problems if p in column] for problems in drawn]
+        means = [sum(sample) / len(sample) for sample in samples if sample]
+        cuts = statistics.quantiles(means, n=40, method="inclusive")
+        mean = sum(column.values()) / len(column)
+        assert found.pop(name) == pytest.approx([mean, cuts[0], cuts[-1]])
+    assert not found
 
 
-def test_seeds_are_pooled_and_their_spread_kept(monkeypatch, tiny):
-    _, tokenizer = tiny
-    right, wrong = rollout_of(RIGHT, tokenizer), rollout_of(WRONG, tokenizer)
-    sampled = {"one": [[right, right], [wrong, wrong]], "two": [[right, wrong], [wrong, wrong]]}
-    monkeypatch.setattr(evaluation, "sample_or_recall", lambda name, *_: sampled[name])
-    rows = {"critique": [evaluation.Subject(name, name, "base") for name in sampled]}
-    row = evaluation.measure(rows, [None, None], 2, 0, None)["critique"]
-    assert row["avg"]["seeds"] == [50, 25] and row["avg"]["problems"] == [75, 0] and row["avg"]["mean"] == 37.5
-    assert row["pass"]["mean"] == 50 and row["maj"]["seeds"] == [50, 25]  # a tie of two answers is half a point
+def test_pass_maj_and_avg_of_one_problem():
+    def scores(*answers):
+        texts = [f"<answer>{answer}</answer>" if answer else "it is 11" for answer in answers]
+        return pytest.approx(ev.group_scores([attempt_of(text) for text in texts]))
+
+    assert scores("11", "11", "3", None) == [100, 100, 50, 4]
+    assert scores("11", "3", "4", "4") == [100, 0, 25, 4]
+    assert scores("11", "3", "2", None) == [100, 100 / 3, 25, 4]  # three answers tie
+    assert scores(None, None, None, "11.0") == [100, 100, 25, 4]  # no answer is no vote
+    assert scores(None, None) == [0, 0, 0, 4]
 
 
-# ------------------------------------------------------------------------ per-token advantage
-def test_the_first_wrong_step_and_the_kinds_of_tokens(tiny):
-    _, tokenizer = tiny
-    texts, around, kinds = evaluation.places(rollout_of(WRONG, tokenizer), tokenizer)
-    assert "".join(texts) == WRONG
-    assert around == ["before"] * 7 + ["in"] * 7 + ["after"] * 25  # a step is 7 tokens; the end token stands after
-    step = ["right step"] * 7
-    wrong = ["rest of wrong step"] * 5 + ["wrong value"] + ["rest of wrong step"]
-    assert kinds == step + wrong + step * 3 + ["answer"] * 3 + [""]
-    assert set(evaluation.places(rollout_of(RIGHT, tokenizer), tokenizer)[1]) == {"before"}
+def test_rows_of_the_table(make_config):
+    """Pooled seeds; paired differences; "base" where no checkpoint was better than step 0."""
+
+    def run(name, curve, **settings):
+        return ev.Subject(name, "root", make_config(**settings), curve)
+
+    better, never = {0: 1.0, 5: 2.0}, {0: 2.0, 5: 2.0}
+    runs = [run("x", better), run("y", never, seed=1, out="z", micro_batch=1)]
+    rows = ev.rows_of([*runs, run("w", never, lr=0.5), ev.Subject("root", "root")])
+    names = {label: [s.model for s in row] for label, row in rows.items()}
+    assert names == {"base": ["root"], "critique": ["x", "y"], "w": ["w"]}
+    swing = torch.tensor([0.0, 100.0] * 10)[None, :, None]  # [S, P, 1]
+    scores = {"base": swing, "critique": torch.cat([swing + 1, swing + 5]), "w": swing}
+    shown = {row: columns["Avg"] for row, columns in ev.score_rows(rows, scores, ["Avg"]).items()}
+    assert shown["critique"][0] == 53 and shown["w"] == "base" and "w, 1 seeds" not in shown
+    assert shown["critique − base"] == pytest.approx([3, 3, 3])  # the swing cancels
+    assert shown["critique, 2 seeds"] == "51.00 to 55.00"
 
 
-@pytest.mark.parametrize(
-    "attempt, critique, name",
-    [
-        ("<step_1>a</step_1><answer>1</answer>", "<step_1>a</step_1><answer>2</answer>", "answer"),
-        ("<step_1>a  b</step_1>", "<step_1>a\nb</step_1><answer>2</answer>", None),  # unfinished, not wrong
-        ("<step_1>a</step_1><step_2>b</step_2>", "<step_1>a</step_1>", "step_2"),
-        ("<answer>1</answer>", "<step_1>a</step_1><answer>1</answer>", "answer"),
-        ("no tags", "<step_1>a</step_1>", None),
-    ],
-)
-def test_first_difference(attempt, critique, name):
-    difference = first_difference(attempt, critique)
-    assert (difference and difference.name) == name
+# ------------------------------------------------------------------------ advantages
+def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypatch):
+    """For a student and a teacher that differ, from the full log-probs, one attempt at a time."""
+    monkeypatch.chdir(tmp_path)
+    teacher, tokenizer = tiny
+    cfg = make_config(temperature=0.7, micro_batch=2, chunk=3)
+    student, _ = sd.load_model(save_model(tmp_path, tokenizer, seed=1), cfg)
+    attempts = [attempt_of(text, tokenizer) for text in (WRONG, RIGHT, "<answer>")]
+    attempts[1].critique = None
+    readings = ev.read_contexts(attempts, student, teacher, tokenizer, cfg)
+    assert "grpo" not in readings  # it has no teacher
+    assert [bool(a.advantages) for a in readings["critique"]] == [True, False, True]
+    for a in readings["reference"] + readings["critique"][::2]:
+        states = sd.hidden_states(teacher, [a.teacher_prompt], [a.completion])
+        told = sd.log_probs(teacher, states, 0.7)
+        own = sd.log_probs(student, sd.hidden_states(student, [[7, 8, 9]], [a.completion]), 0.7)
+        expected = sd.token_advantages(own, told, torch.tensor(a.completion))
+        torch.testing.assert_close(torch.tensor(a.advantages), expected, atol=1e-4, rtol=1e-4)
+    # of itself, without a context, a model says nothing
+    [attempts[0].prompt] = sd.encode_chats(tokenizer, [sd.solver_message(PROBLEM)])
+    readings = ev.read_contexts(attempts[:1], student, student, tokenizer, cfg)
+    assert set(readings["empty"][0].advantages) == {0} and any(readings["critique"][0].advantages)
 
 
-def other(tiny_folder):
-    """Another model of the same shape."""
-    model, _ = sd.load(str(tiny_folder), "cpu")
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return model
+def test_tokens_end_where_their_text_does(tiny):
+    """Characters of several bytes are split; the toy's decoder puts spaces between tokens."""
+    ids = byte_tokenizer().encode("aé→𝒙", add_special_tokens=False) + [1]
+    assert ev.token_ends(byte_tokenizer(), ids) == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4]
+    ids = attempt_of("<step_1>2 * 3", tiny[1]).completion
+    assert ev.token_ends(tiny[1], ids) == [0, 8, 9, 11, 13, 13]
 
 
-def test_scores_are_what_training_calls_the_advantage(tiny, tiny_folder, config):
-    """Against sd.token_advantages, from the full log-probs, one rollout at a time."""
-    (student, tokenizer), teacher, cfg = tiny, other(tiny_folder), config(temperature=0.7, micro_batch=2, chunk=5)
-    rollouts = [rollout_of(text, tokenizer) for text in (WRONG, RIGHT, WRONG[:40])]
-    scores = evaluation.score(rollouts, student, teacher, tokenizer, scribe, cfg)
-    assert list(scores) == [name for name in sd.CONTEXTS if name != "grpo"]  # no teacher there
-    for name in "reference", "critique":
-        for rollout, values in zip(rollouts, scores[name]):
-            context = sd.CONTEXTS[name](rollout.problem, rollout.text, rollout.critique)
-            [prompt] = sd.build_prompts(tokenizer, [PROBLEM], [context])
-            with torch.no_grad():
-                told = sd.log_probs(teacher, sd.completion_states(teacher, [prompt], [rollout.completion]), 0.7)
-                own = sd.log_probs(student, sd.completion_states(student, [rollout.prompt], [rollout.completion]), 0.7)
-            expected = sd.token_advantages(own, told, torch.tensor(rollout.completion))
-            torch.testing.assert_close(torch.tensor(values), expected, atol=1e-5, rtol=1e-4)
+def judge(problem, attempt):
+    """Step 2 is wrong in its second operand; so is the answer."""
+    start = attempt.index("7")
+    return [None, (start, start + 1), (0, 0)]
 
 
-def test_identical_prompts_give_zero_advantage(tiny, config):
-    model, tokenizer = tiny
-    scores = evaluation.score([rollout_of(WRONG, tokenizer)], model, model, tokenizer, scribe, config())
-    assert scores["empty"] == [[0.0] * 39] and any(scores["critique"][0])
+def test_kinds_of_tokens_by_a_judge_and_by_place(tiny):
+    attempt = attempt_of(WRONG, tiny[1])
+    attempt.ends = ev.token_ends(tiny[1], attempt.completion)
+    wrong = ["rest of wrong step"] * 3 + ["wrong value"] + ["rest of wrong step"] * 3
+    by_judge = ["right step"] * 7 + wrong + ["answer"] * 3 + [None]  # the end token
+    assert ev.token_kinds(attempt, judge) == by_judge
+    before, inside, after = ev.PLACES
+    assert ev.token_kinds(attempt, None) == [before] * 7 + [inside] * 7 + [after] * 4
+    attempt.critique = None  # nobody knows where it goes wrong
+    assert ev.token_kinds(attempt, None) == [] and ev.token_kinds(attempt, judge) == by_judge
+    attempt.reward = 1.0
+    assert ev.token_kinds(attempt, judge) == []
 
 
-def test_analysis_by_hand(tiny):
-    _, tokenizer = tiny
-    groups = [[rollout_of(WRONG, tokenizer), rollout_of(RIGHT, tokenizer)]]
-    located = [evaluation.places(r, tokenizer) for r in groups[0]]
-    wrong = [-0.1] * 7 + [0.0] * 5 + [-6.0, 0.0] + [0.0] * 24 + [0.3]  # 0.7 before, 6 in, 0.3 after
-    right = [-0.6] * 13 + [0.0] * 26
-    result = evaluation.analyse(groups, {"critique": [wrong, right], "none": [None, None]}, located)
-    value = {key: round(numbers[0], 4) for key, numbers in result["critique"].items()}
-    assert value["A before"] == -0.1 and value["A in"] == round(-6 / 7, 4) and value["|A| after"] == round(0.3 / 25, 4)
-    assert (value["share before"], value["share in"], value["share after"]) == (10, 85.7143, 4.2857)
-    assert (value["share right step"], value["share wrong value"], value["share answer"]) == (10, 85.7143, 0)
-    assert (value["A right step"], value["A wrong value"]) == (round(-0.7 / 28, 4), -6)  # steps 1, 3, 4 and 5 hold
-    assert value["mean A_t"] == -0.2 and value["pushed down"] == round(100 / 3, 4)
-    assert round(result["tokens"]["share in"][0], 4) == round(100 * 7 / 39, 4) and "none" not in result
-    tables = evaluation.advantage_tables(result)
-    assert tables[1].header[1:] == ["right step", "wrong value", "rest of wrong step", "answer"] and len(tables) == 5 + 1
-    assert tables[1].rows[0][2].startswith("-6.00")
-    unchecked = {"critique": {name: numbers for name, numbers in result["critique"].items() if "step" not in name}}
-    for name in "wrong value", "answer":
-        del unchecked["critique"][f"A {name}"], unchecked["critique"][f"|A| {name}"], unchecked["critique"][f"share {name}"]
-    assert len(evaluation.advantage_tables(unchecked)) == 4  # none by kind of token
+def test_quantities_by_hand():
+    wrong = attempt_of(WRONG, kinds=["right step", "wrong value", "wrong value", None])
+    wrong.advantages = [0.5, -4.0, -2.0, 1.5]
+    expected = {"right step": 0.5, "wrong value": -3, "share wrong value": 75, "answer": NAN}
+    expected |= {"share answer": NAN, "pushed down": NAN, "teacher right": NAN}
+    found = {name: ev.quantity(wrong, name) for name in expected}
+    assert found == pytest.approx(expected, nan_ok=True)
+    right = attempt_of(RIGHT, kinds=[], advantages=[-0.5, -0.51, 9.0, -3.0], teacher_right=1.0)
+    assert [ev.quantity(right, name) for name in ("pushed down", "teacher right")] == [50, 100]
+
+    def row(*values):  # two problems, two rounds
+        return [attempt_of(WRONG, kinds=["answer"], advantages=[v] if v else []) for v in values]
+
+    readings = {"critique": row(-1, -8, None, -6), "reference": row(-3, None, -4, -1)}
+    numbers = ev.analyse(readings, ["answer"], k=2)
+    assert numbers["critique"]["answer"][0] == (-1 + (-8 - 6) / 2) / 2
+    assert numbers["critique − reference"]["answer"][0] == (2 - 5) / 2  # attempts with both
 
 
-def test_the_summary_sets_what_a_context_came_to_beside_what_it_says():
-    results = {name: {"avg": {"mean": 50.0, "low": 40.0, "high": 60.0}} for name in ("base", "critique", "untaught")}
-    told = {"A in": (-6, -7, -5), "A before": (0, 0, 0), "share in": (80, 70, 90), "pushed down": (3, 2, 4)}
-    curves = [(({"step": 0}, 20.0), ({"step": 10}, start)) for start in (30.0, 35.0)]  # of two seeds
-    rows = {"critique": [evaluation.Subject("", "", "", curve=curve) for curve in curves]}
-    plain = evaluation.summary_table(rows, results, {"tokens": told, "critique": told, "untrained": told}, 8)
-    assert plain.header[1:5] == ["Avg@8", "validation", "A_t in", "A_t before"]  # of the first wrong step
-    [row] = plain.rows
-    assert row[:4] == ["critique", "50.0 [40.0, 60.0]", "20.0 to 32.5", "-6.00 [-7.00, -5.00]"]
-    assert row[4:] == ["0.00 [0.00, 0.00]", "80.0 [70.0, 90.0]", "3.0 [2.0, 4.0]"]
-    told |= {"A wrong value": (-9, -9, -9), "share wrong value": (85, 80, 90)}
-    [row] = evaluation.summary_table(rows, results, {"tokens": told, "critique": told}, 8).rows
-    assert row[3:6] == ["-9.00 [-9.00, -9.00]", "–", "85.0 [80.0, 90.0]"]  # where steps can be checked
+# ------------------------------------------------------------------------ sampling
+def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generate, calls, (model, tokenizer) = sd.generate, [], tiny
+    monkeypatch.setattr(sd, "generate", lambda *a, **more: calls.append(1) or generate(*a, **more))
+
+    def sampled(answer="11", k=2, **settings):
+        """(how often generate was called, the completions, the rewards)"""
+        calls.clear()
+        problems, cfg = [Problem(text, "", answer) for text in "ab"], make_config(**settings)
+        attempts = ev.sample_attempts(model, tokenizer, problems, k, cfg)
+        return len(calls), [a.completion for a in attempts], [a.reward for a in attempts]
+
+    first = sampled()
+    assert first[0] == 1 and sampled() == (0, *first[1:]) and len(first[1]) == 4
+    [file] = (tmp_path / "runs/cache").iterdir()
+    file.write_text(file.read_text()[:-5])
+    assert sampled() == (1, *first[1:])
+    texts = tokenizer.batch_decode(first[1], skip_special_tokens=True)
+    monkeypatch.setattr(critic, "is_correct", lambda text, answer: text == answer)
+    assert sampled(answer=texts[0]) == (0, first[1], [text == texts[0] for text in texts])
+    changes = [{"seed": 3}, {"temperature": 0.5}, {"max_new_tokens": 5}, {"gen_batch": 3}, {"k": 1}]
+    assert [sampled(**change)[0] for change in changes] == [1] * 5
+    template, tokenizer.chat_template = tokenizer.chat_template, "{{ messages[0].content }}"
+    assert sampled()[0] == 1
+    tokenizer.chat_template = template
+    assert sampled()[0] == 0
+    model.lm_head.weight.data[70] += 0.5
+    assert sampled()[0] == 1
 
 
 # ------------------------------------------------------------------------ the page
-class Structure(HTMLParser):
-    """The tags of a page in their order; fails on one that is closed and was not open."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.text = [], ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, tuple(name for name, _ in attributes)))
-
-    def handle_endtag(self, tag):
-        self.tags.append("/" + tag)
-
-    def handle_data(self, data):
-        self.text += data
+HOSTILE = ["<script>alert(1)</script>", '"\' onload=x "', "</p></pre></style>", "&lt;b>&#60;b>"]
+HOSTILE += ["\x00\x1b[31m", "\u202egnp.exe\u2066\u200f", "<!-- <![CDATA[", "{0} %s", "\ud800"]
 
 
-HOSTILE = [
-    "<script>alert(1)</script>", "</td></table></div>", "\"' onload=x \"", "&amp;&#60;script&gt;", "\x00\x07\x1b[31m",
-    "\u202egnp.exe\u2066\u200f", "<!-- <![CDATA[ ]]>", "</svg></title></code>", "x" * 10_000, "{0} %s \\n", "\ud800",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_leaves_the_pages_structure_intact(hostile):
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_what_a_model_wrote_cannot_change_the_page(hostile, make_config):
     def page(text):
-        rollout = sd.Rollout(sd.Problem(text, text, text), [], [], text, 0.0, 0.0, critique=text)
-        pieces = [text[i : i + 9] for i in range(0, len(text), 9)]
-        located = (pieces, ["in"] * len(pieces), [""] * len(pieces))
-        figure = evaluation.example(rollout, located, {text: [-1.0] * len(pieces)})
-        points = (({text: 0}, 10.0), ({text: 10}, 20.0))
-        curve = evaluation.curve_chart({text: [evaluation.Subject(text, "", "", sd.Config(), points)]}, text)
-        for picture in (part[part.index("<svg") : part.index("</svg>") + 6] for part in (figure, curve)):
-            ElementTree.fromstring(picture)  # well-formed: it can stand in a file of its own
-        table = evaluation.Table(text, [text], [[text]])
-        return Structure(evaluation.page([table], {}, [table], [figure, curve], text, text))
+        a = attempt_of(text, problem=Problem(text, text, text), ends=[0, 1, len(text)], reward=0.0)
+        a.advantages, a.critique, a.context = [-1.0, 2.0], text, text
+        curves = ev.learning_curves({text: [ev.Subject("", "", make_config(), {0: 1.0, 5: 2.0})]})
+        return ev.page(
+            ev.table(text, [text], {text: {text: text}}), curves, [ev.example({text: 0}, [a])]
+        )
 
-    harmless = "y" * len(hostile)
-    assert page(hostile).tags == page(harmless).tags
-    assert not any(ord(c) in range(0x202A, 0x202F) or ord(c) in range(0x2066, 0x206A) for c in page(hostile).text)
-
-
-def test_the_page_asks_for_nothing_and_runs_nothing():
-    text = evaluation.page([], {}, [], [], "base", "python eval.py")
-    tags = {tag[0] for tag in Structure(text).tags if isinstance(tag, tuple)}
-    assert not tags & {"script", "link", "img", "iframe", "object"} and "@import" not in text and "url(" not in text
+    assert re.findall("<[^>]*>", page(hostile)) == re.findall("<[^>]*>", page("y" * len(hostile)))
+    assert all(c.isprintable() or c == "\n" for c in html.unescape(page(hostile)))
 
 
 # ------------------------------------------------------------------------ whole
 @pytest.fixture
-def runs(tmp_path, tiny_folder, monkeypatch):
-    """Two seeds of critique and one of grpo on a tiny random model, in the folder we are in."""
-    problems = sd.embedded_problems()
-    monkeypatch.setattr(sd, "embedded_problems", lambda: (problems[0], problems[1][:4], problems[2][:4]))
+def runs(tmp_path, small, tiny, monkeypatch):
+    """Two seeds of critique, and a grpo that never got better; two problems in data.jsonl.
+
+    Trained models write wrong and right attempts by turns, the base nothing.
+    """
     monkeypatch.chdir(tmp_path)
-    for condition, seed in ("critique", 0), ("critique", 1), ("grpo", 0):
-        sd.main([*FAST.split(), "--model", str(tiny_folder), "--condition", condition, "--seed", str(seed)])
+    for name, condition, best in ("c", "critique", 4), ("c-1", "critique", 2), ("g", "grpo", 0):
+        folder = tmp_path / "runs" / name
+        save_model(folder / "best", tiny[1], seed=5)
+        cfg = sd.parse_args(flags(small | {"condition": condition, "seed": int("1" in name)}), {})
+        (folder / "config.json").write_text(json.dumps(vars(cfg)))
+        lines = [{"step": step, "val_avg": 9.0 if step == best else 1.0} for step in (0, 2, 4)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 5}])))
+    problems = [PROBLEM, Problem("1*5+2*3", RIGHT, "11")]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(vars(p)) for p in problems))
+
+    def generate(model, tokenizer, prompts, *settings, title=None):
+        texts = [WRONG, RIGHT] if "best" in model.name_or_path else ["", ""]
+        return [attempt_of(texts[i % 2], tokenizer).completion for i in range(len(prompts))]
+
+    monkeypatch.setattr(sd, "generate", generate)
     return tmp_path
 
 
-def status(*args):
+def status(command):
     try:
-        evaluation.main(list(map(str, args)))
+        ev.main(command.split())
     except SystemExit as stop:
         return stop.code
     return 0
 
 
-def test_the_table_repeats_what_training_printed_and_samples_once(runs, monkeypatch, capsys):
-    command = "runs/critique", "runs/critique-1", "runs/grpo", "--k", 2, "--json", "numbers.json", "--html", "page.html"
-    assert status(*command) == 0
-    first, numbers = capsys.readouterr().out, json.loads((runs / "numbers.json").read_text())
-    assert list(numbers["results"]) == ["base", "critique", "grpo"]
-    trained = [json.loads((runs / "runs" / name / "result.json").read_text()) for name in ("critique", "critique-1", "grpo")]
-    for metric in "avg", "pass", "maj", "length":
-        assert numbers["results"]["critique"][metric]["seeds"] == pytest.approx([t["test"][metric] for t in trained[:2]])
-        assert numbers["results"]["grpo"][metric]["mean"] == pytest.approx(trained[2]["test"][metric])
-        assert numbers["results"]["base"][metric]["mean"] == pytest.approx(trained[2]["base"][metric])
-    assert "its 2 seeds" in first and "grpo − critique" in first
-    assert "what training with each context came to" in first
-    took = first[first.index("what training took") :].splitlines()[2:4]
-    assert [line.split()[:2] for line in took] == [["critique", "12"], ["grpo", "96"]]  # 4 steps of 3 problems; 8 each in grpo
-    for line, name in zip(took, ("critique", "grpo")):
-        folders = [f for f in (runs / "runs").iterdir() if f.name.startswith(name)]
-        steps = [json.loads(text) for f in folders for text in (f / "metrics.jsonl").read_text().splitlines()]
-        for kind, printed in zip(evaluation.TOKENS, line.split()[2:]):
-            assert printed == f"{sum(step.get(kind, 0) for step in steps) / len(folders):,.0f}"
-    assert "critique" in Structure((runs / "page.html").read_text()).text
-    monkeypatch.setattr(sd, "evaluate", None)  # nothing is sampled again
-    assert status(*command) == 0
-    assert capsys.readouterr().out == first
+def test_table_advantages_json_and_page(runs, monkeypatch, capsys):
+    asked, open_critic = [], sd.open_critic
+
+    def counting(*args):
+        ask = open_critic(*args)
+        return lambda rollouts, messages: asked.append(len(messages)) or ask(rollouts, messages)
+
+    monkeypatch.setattr(sd, "open_critic", counting)
+    monkeypatch.setitem(sd.CONTEXTS, "mine", lambda r: f"mine & {r.critique}")
+    monkeypatch.delitem(sd.CONTEXTS, "omit")
+    files = "--json n.json --html p.html"
+    assert (
+        status(f"runs/c runs/c-1 runs/c {files} --data data.jsonl --k 2 runs/g --advantages runs/c")
+        == 0
+    )
+    printed, numbers = capsys.readouterr().out, json.loads((runs / "n.json").read_text())
+    scores = {label: row["Avg@2"] for label, row in numbers["scores"].items()}
+    assert list(scores)[:4] == ["base", "critique", "critique, 2 seeds", "grpo"]
+    assert scores["base"][0] == 0 and scores["critique"][0] == 50 and scores["grpo"] == "base"
+    assert asked == [4]  # one call, for all attempts and contexts
+    contexts = numbers["contexts"]
+    assert {"mine", "reference", "critique"} < set(contexts) and "omit" not in contexts
+    assert contexts["empty"]["wrong value"][0] != 0  # the run is scored, not its base
+    assert contexts["mine"]["teacher right"][0] == 0 and "mine" in printed
+    page = (runs / "p.html").read_text("utf-8")
+    assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
+    assert status("--advantages runs/c/best --data data.jsonl --k 1") == 0  # a plain model
 
 
-def test_a_model_may_stand_where_a_run_does_and_an_unfinished_run_is_evaluated(runs, tiny_folder, capsys):
-    (runs / "runs/critique/result.json").unlink()
-    assert status("runs/critique", tiny_folder, "--k", 1, "--advantages", tiny_folder) == 0
-    printed = capsys.readouterr().out
-    assert "runs/critique never finished (step 4 of 4)" in printed and printed.count("base") == 2  # and in the difference
-    assert status(runs / "runs/critique/best", "--k", 1) == 0
+def test_keep_band_keeps_what_is_solved_that_often(runs):
+    problems = critic.read_problems("data.jsonl")  # the first is never solved, the second always
+    for band, kept in ("0 0.9", problems[:1]), ("0.1 1", problems[1:]), ("0.1 0.9", []):
+        assert status(f"runs/c --k 2 --data data.jsonl --keep-band {band} --out kept.jsonl") == 0
+        assert critic.read_problems("kept.jsonl") == kept
 
 
-def change(path, **settings):
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+BAND = "runs/c --data data.jsonl --keep-band 0.1 0.2 "
+BAD = {
+    "": "a run or a model",
+    "runs/nix": "there are: runs/c, runs/c-1, runs/g",
+    "runs/broken": "broken",
+    "fifos": "cannot load the model fifos",
+    "runs/c --k 0": "--k",
+    "runs/c --temperature 0": "--temperature",
+    "runs/c --data nowhere.jsonl": "nowhere.jsonl",
+    "runs/c --data empty.jsonl": "no problems",
+    "runs/c --html fifos": "regular file",
+    "runs/c --json fifos/one": "regular file",
+    "runs/c --json nowhere/n.json": "folder",
+    BAND: "--out",
+    BAND + "--out x runs/g": "one model",
+    BAND.replace("0.1", "0.3") + "--out x": "LOW <= HIGH",
+    BAND + "--out runs/../data.jsonl": "--data",
+}
 
 
-@pytest.mark.parametrize("band, kept", [(("0", "0.35"), 3), (("0.05", "0.35"), 0)])
-def test_keep_band_writes_the_problems_that_are_solved_that_often(band, kept, tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rows = [{"problem": f"{n}*7+1*1", "solution": "½", "answer": "none"} for n in range(3)]
-    Path("all.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = "--data all.jsonl --k 2 --max-new-tokens 4 --gen-batch 3 --device cpu --out hard.jsonl --keep-band"
-    evaluation.main([str(tiny_folder), *flags.split(), *band])
-    assert [json.loads(line) for line in Path("hard.jsonl").read_text(encoding="utf-8").splitlines()] == rows[:kept]
-    assert f"{kept} of 3 problems" in capsys.readouterr().out
-
-
-def test_bad_input_is_one_line_and_status_2(runs, capsys):
-    (runs / "neither").mkdir()
-    (runs / "early").mkdir()
-    (runs / "early/config.json").write_text((runs / "runs/grpo/config.json").read_text())
-    (runs / "early/metrics.jsonl").write_text("")
-    for name in "broken", "other":
-        (runs / name).mkdir()
-        (runs / name / "config.json").write_text((runs / "runs/grpo/config.json").read_text())
-        (runs / name / "metrics.jsonl").write_text("")
-        (runs / name / "best").mkdir()
-    (runs / "broken/config.json").write_text("{")
-    change(runs / "other/config.json", data="other.jsonl")
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_is_one_line_before_any_sampling(command, runs, monkeypatch, capsys):
+    monkeypatch.setattr(sd, "generate", None)
+    for folder in "fifos", "runs/broken":
+        (runs / folder).mkdir()
+    os.mkfifo("fifos/one")
+    (runs / "empty.jsonl").touch()
+    (runs / "runs/broken/metrics.jsonl").write_text("{")
+    data = (runs / "data.jsonl").read_text()
     capsys.readouterr()
-    for args, said in [
-        ((), "name runs or models"),
-        (("neither",), "neither a run's folder nor a model's"),
-        (("early",), "no checkpoint yet"),
-        (("broken",), "cannot be read"),
-        (("runs/grpo", "other"), "different problems"),
-        (("runs/grpo", "--k", 0), "--k is 0"),
-        (("runs/grpo", "--k", "x"), "--k"),
-        (("runs/grpo", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
-        (("runs/grpo", "--k", 1, "--json", "nowhere/numbers.json"), "nowhere"),
-        (("nowhere/at/all",), "nowhere/at/all"),
-        (("runs/grpo", "--temperature", -1), "--temperature"),
-        (("runs/grpo", "--gen-batch", 0), "--gen-batch"),
-        (("runs/grpo", "--keep-band", 0, 1), "--keep-band needs"),
-    ]:
-        assert status(*args) == 2, args
-        error = capsys.readouterr().err
-        line = [text for text in error.splitlines() if text.startswith("eval.py:")]
-        assert len(line) == 1 and said in line[0] and "Traceback" not in error, (args, error)
-
-
-def test_rows_keep_recipes_apart(config):
-    run = lambda name, **settings: evaluation.Subject(name, name + "/best", "base", config(**settings))  # noqa: E731
-    rows = evaluation.rows_of([run("a"), run("b", seed=1), run("c", lr=1.0), evaluation.Subject("m", "m", "m")])
-    assert {label: [s.name for s in members] for label, members in rows.items()} == {
-        "base": ["base"], "m": ["m"], "critique": ["a", "b"], "critique (c)": ["c"],
-    }  # fmt: skip
-    assert dataclasses.replace(run("a"), curve=()) == run("a")
+    assert status(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eval.py: ") and error.count("\n") == 1 and BAD[command] in error
+    assert (runs / "data.jsonl").read_text() == data and not (runs / "x").exists()

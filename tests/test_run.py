@@ -1,238 +1,318 @@
-"""Whole runs of sd.py on a tiny random model: the folder, the same twice, stop and resume, and bad input."""
+"""Whole runs of sd.py on a tiny random model: order, checkpoints, kills, and bad input."""
 
+import builtins
+import itertools
 import json
 import os
-import re
+import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import flags, read_lines
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import critic
 import sd
-from critic import Critique
 
-FAST = "--steps 4 --eval-every 2 --problems-per-step 3 --max-new-tokens 8 --val-samples 1 --test-samples 2 --lora-rank 4"
-
-
-def run(folder, tiny_folder, *more):
-    """main() in this process; returns the exit status."""
-    try:
-        sd.main([*FAST.split(), "--model", str(tiny_folder), "--out", str(folder), *map(str, more)])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+BEST = "best/model.safetensors"
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def files_of(folder):
+    names = "metrics.jsonl", "samples.jsonl", "config.json", BEST
+    return {name: (folder / name).read_bytes().replace(bytes(folder), b"") for name in names}
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Few validation and test problems: a random model is slow to say nothing."""
-    problems = sd.embedded_problems()
-    monkeypatch.setattr(sd, "embedded_problems", lambda: (problems[0], problems[1][:4], problems[2][:4]))
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("condition", sd.CONTEXTS)
-def test_a_run_leaves_its_folder_and_a_table(condition, tmp_path, tiny_folder, capsys):
-    folder = tmp_path / "run"
-    assert run(folder, tiny_folder, "--condition", condition) == 0
-    printed = capsys.readouterr().out
-    result = json.loads((folder / "result.json").read_text())
-    assert (result["condition"], result["seed"], result["steps"]) == (condition, 0, 4)
-    for row in "base", "test":
-        assert set(result[row]) == {"avg", "pass", "maj", "length"}
-        assert f"{result[row]['length']:9.2f}" in printed
-    assert "Pass@2   Maj@2   Avg@2" in printed and "before training" in printed and "after training" in printed
-    metrics = lines(folder / "metrics.jsonl")
+@pytest.fixture
+def scores(monkeypatch):
+    """The Avg of the next validations; nothing else in these runs samples twice a problem."""
+    given, sample = [], sd.sample_rollouts
+
+    def scripted(model, tokenizer, problems, group_size, cfg):
+        rollouts = sample(model, tokenizer, problems, group_size, cfg)
+        if group_size == cfg.val_samples and given:
+            avg = given.pop(0)
+            assert problems == critic.load_problems(cfg.data)[1]
+            for rollout in rollouts:
+                rollout.reward = avg / 100
+        return rollouts
+
+    monkeypatch.setattr(sd, "sample_rollouts", scripted)
+    return given
+
+
+# ------------------------------------------------------------------------ what a run leaves
+@pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "quote", "omit", "empty"])
+def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path):
+    out = tmp_path / "run"
+    assert run(out, condition=condition)[0] == 0
+    metrics = read_lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "val_avg" in m] == [0, 2, 4]
-    names = {"loss", "reward", "grad_norm", "length", "advantage", "abs_advantage", "masked"}
-    assert names | {"solver_tokens", "teacher_tokens", "critic_tokens"} <= set(metrics[1])
-    samples = lines(folder / "samples.jsonl")
+    assert all((m["abs_advantage"] > 0) != (condition in ("empty", "grpo")) for m in metrics[1:])
+    samples = read_lines(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [n for n in (1, 2, 3, 4) for _ in range(3)]
-    assert {"problem", "completion", "reward", "context", "advantage"} <= set(samples[0])
-    config = json.loads((folder / "config.json").read_text())
-    assert config["condition"] == condition and config["lr"] > 0 and config["versions"]["torch"] == torch.__version__
-    AutoModelForCausalLM.from_pretrained(folder / "best"), AutoTokenizer.from_pretrained(folder / "best")
-    assert not list(folder.rglob("*.new")) and not list(folder.rglob("*.old")) and "\x1b" not in printed
+    assert all(len(s["tokens"]) == len(s["completion"]) == len(s["advantages"]) for s in samples)
+    config = json.loads((out / "config.json").read_text())
+    assert config["condition"] == condition and config["lr"] == sd.Config(condition).lr
+    AutoModelForCausalLM.from_pretrained(out / "best")
+    assert not list(out.rglob("*.new")) and [args[0] for args in run.tested] == [str(out)]
 
 
-@pytest.mark.parametrize("condition", ["grpo", "critique"])
-def test_the_same_seed_gives_the_same_metrics_to_the_last_digit(condition, tmp_path, tiny_folder):
-    for name, seed in ("a", 1), ("b", 1), ("c", 2):
-        run(tmp_path / name, tiny_folder, "--condition", condition, "--seed", seed)
-    a, b, c = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "abc")
-    assert a == b != c
+def test_every_problem_once_an_epoch_in_an_order_of_the_seed(run, tmp_path, problems, monkeypatch):
+    orders, step = [], sd.train_step
+
+    def record(model, tokenizer, optimizer, batch, *more):
+        orders[-1] += batch
+        return step(model, tokenizer, optimizer, batch, *more)
+
+    monkeypatch.setattr(sd, "train_step", record)
+    for name, seed in ("a", 0), ("b", 1), ("c", 1):
+        orders.append([])
+        run(tmp_path / name, seed=seed, steps=6, condition="empty", eval_every=6)
+    for order in orders:  # 6 steps of 3: two epochs of 8 and a bit
+        assert len(order) == 18 and order[:8] != order[8:16]
+        assert set(order[:8]) == set(order[8:16]) == set(problems)
+    assert problems != orders[0][:8] != orders[1][:8] and orders[1] == orders[2]
+    a, b, c = (files_of(tmp_path / name) for name in "abc")
+    assert b == c and a["samples.jsonl"] != b["samples.jsonl"]  # the same seed, the same bytes
 
 
-@pytest.mark.parametrize("condition", ["grpo", "reference"])
-def test_a_stopped_run_resumes_to_the_same_metrics_and_weights(condition, tmp_path, tiny_folder, monkeypatch, capsys):
-    run(tmp_path / "whole", tiny_folder, "--condition", condition)
-    step, seen = sd.train_step, []
+def test_the_optimizer_takes_the_rate_and_no_weight_decay(run, tmp_path):
+    """AdamW's first step is the rate in each weight, whatever the gradient, and B starts at 0."""
+    run(tmp_path / "run", condition="reference", steps=1, lr=0.01)
+    state = state_of(tmp_path / "run")
+    assert state["best_step"] == 0  # a random model never improves
+    for name, after in state["adapters"].items():
+        before = state["best_adapters"][name]
+        if before.any():
+            assert torch.equal(after, before)  # A, which has no gradient while B is 0
+        else:
+            assert after.abs().max().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_best_is_the_first_best_step_merged_in_fp32(dtype, run, tmp_path, tiny_folder, scores):
+    settings = {"dtype": dtype, "eval_every": 1, "condition": "reference", "lr": 5e-6}
+    scores[:] = [0, 5]
+    run(tmp_path / "one", steps=1, **settings)
+    scores[:] = [0, 5, 5, 1, 4]
+    run(tmp_path / "run", **settings)
+    state, merged = state_of(tmp_path / "run"), load_file(tmp_path / "run" / BEST)
+    best = state["best_adapters"]
+    assert (state["step"], state["best_step"], scores) == (4, 1, [])
+    for name, adapter in state_of(tmp_path / "one")["adapters"].items():
+        assert torch.equal(adapter, best[name])
+    assert {weight.dtype for weight in merged.values()} == {torch.float32}
+    pairs = iter(best.values())  # A and B of each layer, in the model's order
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=getattr(torch, dtype)).float()
+    for name, layer in base.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            A, B = next(pairs), next(pairs)
+            ours = merged[f"model.{name}.weight"]
+            torch.testing.assert_close(ours, layer.weight + 8 / 4 * B @ A, rtol=0, atol=1e-7)
+            assert (ours - layer.weight).abs().max() > 1e-6
+
+
+# ------------------------------------------------------------------------ interrupted and killed
+def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
+    run, world, tmp_path, scores, monkeypatch
+):
+    whole, out, step, calls = tmp_path / "whole", tmp_path / "run", sd.train_step, []
+    settings = {"condition": "reference", "lr": 0.05}
+    scores[:] = [0, 5, 3]
+    run(whole, **settings)
 
     def interrupted(*arguments):
-        seen.append(1)
-        if len(seen) == 4:  # after the checkpoint of step 2, and after step 3 was logged
-            raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) == 4:  # after the checkpoint of step 2, and after step 3 was logged
+            signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
     monkeypatch.setattr(sd, "train_step", interrupted)
-    cut = tmp_path / "cut"
-    assert run(cut, tiny_folder, "--condition", condition) == 130
-    assert "--resume" in capsys.readouterr().err and [m["step"] for m in lines(cut / "metrics.jsonl")] == [0, 1, 2, 3]
-    AutoModelForCausalLM.from_pretrained(cut / "best")
-    assert run(cut, tiny_folder, "--condition", condition) == 2 and "add --resume" in capsys.readouterr().err
-    assert run(cut, tiny_folder, "--condition", condition, "--resume", "--lr", "0.1") == 2
-    assert "started with another lr" in capsys.readouterr().err
-    assert run(cut, tiny_folder, "--condition", condition, "--resume") == 0
-    for name in "metrics.jsonl", "samples.jsonl":
-        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    states = [torch.load(tmp_path / name / "last" / "state.pt", weights_only=True) for name in ("whole", "cut")]
-    assert all(torch.equal(a, b) for a, b in zip(states[0]["adapters"], states[1]["adapters"], strict=True))
+    scores[:] = [0, 5]
+    status, error = run(out, **settings)
+    assert status == 2 and "sd.py: interrupted" in error and "Traceback" not in error
+    assert [m["step"] for m in read_lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
+    before = (out / "last.pt").read_bytes()
+    changed = world / "train.jsonl"
+    content = changed.read_text()
+    for more, said in [
+        ([], "is not empty"),
+        (["--resume", "--steps", "70"], "was started with --steps 4, now 70"),
+        (["--resume", "--seed", "3"], "was started with --seed 0, now 3"),
+        (["--resume"], "--model or --data have changed"),
+    ]:
+        changed.write_text(content.replace("8", "7", 1) if more == ["--resume"] else content)
+        status, error = run(out, *more, **settings)
+        assert status == 2 and said in error and len(error.strip().splitlines()) == 1
+    changed.write_text(content)
+    assert (out / "last.pt").read_bytes() == before
+    for scores[:] in [3], []:  # the second time it is finished, and writes the same again
+        assert run(out, "--resume", **settings)[0] == 0 and files_of(out) == files_of(whole)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, tiny_folder, monkeypatch, capsys):
-    good, calls = sd.DIVERGENCES["forward_kl"], []
+def die_at(n):
+    """Kills this process before its n-th operation on a file, or half-way through a write."""
+    operations = itertools.count(1)
 
-    def bad_in_the_third_step(student, teacher):
-        calls.append(1)
-        return good(student, teacher) * (float("nan") if len(calls) > 3 else 1)
+    def strike():
+        if next(operations) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setitem(sd.DIVERGENCES, "forward_kl", bad_in_the_third_step)
-    assert run(tmp_path / "run", tiny_folder, "--condition", "reference") == 2
-    error = capsys.readouterr().err
-    assert "nan" in error and "--lr" in error and "Traceback" not in error
-    state = torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True)
-    assert state["step"] >= 2 and all(p.isfinite().all() for p in state["adapters"])
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best")
+    def guard(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            if name != "open" or "w" in str(args[1:]):
+                strike()
+            return function(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    def write_text(path, text):
+        strike()
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(text[: len(text) // 2])
+            file.flush()
+            strike()
+            file.write(text[len(text) // 2 :])
+
+    Path.write_text = write_text
+    guard(builtins, "open"), guard(os, "replace"), guard(os, "fsync")
+    guard(torch, "save"), guard(sd, "save_merged")
 
 
-def test_a_step_that_nobody_criticised_is_said(tmp_path, tiny_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sd, "scribe", lambda problems, attempts, prompts: [Critique(None, failure="no answer")] * len(problems))
-    assert run(tmp_path / "run", tiny_folder) == 0
-    assert "step 1: no rollout has a teacher" in capsys.readouterr().out
-    assert {m["masked"] for m in lines(tmp_path / "run" / "metrics.jsonl") if m["step"]} == {1}
+def start(out, argv, n=0):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(out + ".err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        die_at(n)
+        sd.main([*argv, "--out", out, *["--resume"] * os.path.exists(out + "/last.pt")])
+        os._exit(0)
+    return child
 
 
-def test_a_new_context_is_one_entry_and_then_a_condition(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setitem(sd.CONTEXTS, "hint", lambda problem, attempt, critique: f"<answer>{critique[-10]}</answer>")
-    assert run(tmp_path / "run", tiny_folder, "--condition", "hint") == 0
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["condition"] == "hint"
+def is_killed(child):
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+def kill_runs(points, out, argv):
+    """Starts runs in child processes that are killed, and resumes them.
+
+    No progress bar here: children share its lock, and one that is killed may hold it.
+    """
+    sys.modules["eval"] = SimpleNamespace(main=lambda argv: None)  # the test that follows
+    rng = random.Random(0)
+    for _ in range(-points[0]):  # kills at random moments
+        child = start(f"{out}-{points[0]}", argv)
+        time.sleep(rng.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        assert is_killed(child), "the run was too short"
+    for n in points:
+        if n < 0 or is_killed(start(f"{out}-{n}", argv, n)):
+            assert not is_killed(start(f"{out}-{n}", argv))
+
+
+def check_kills(points, run, small, tmp_path, **settings):
+    """Kills runs in a process that has not used autograd yet: after that, it may not fork."""
+    settings = small | {"condition": "grpo", "group_size": 3, "lr": 0.05} | settings
+    assert run(tmp_path / "whole", **settings)[0] == 0
+    command = [sys.executable, __file__, json.dumps(points), tmp_path / "killed", *flags(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    folders = [path for path in tmp_path.glob("killed*") if path.is_dir()]
+    errors = [path.read_text() for path in tmp_path.glob("*.err")]
+    assert done.returncode == 0, [done.stderr, *errors]
+    assert all(files_of(folder) == files_of(tmp_path / "whole") for folder in folders)
+    return len(folders)
+
+
+def test_a_run_that_is_killed_ends_as_if_nothing_had_been(run, small, tmp_path):
+    # Before the second checkpoint is written, before the third is in place, within its logs.
+    assert check_kills([12, 24, 28], run, small, tmp_path, steps=2, eval_every=1) == 3
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_every_operation_on_a_file(run, small, tmp_path):
+    points = list(range(1, 55))  # there are 49
+    assert check_kills(points, run, small, tmp_path, condition="critique") == len(points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["grpo", "reference", "critique"])
+def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path):
+    settings = {"condition": condition, "steps": 150, "eval_every": 1}
+    assert check_kills([-20], run, small, tmp_path, **settings) == 1
 
 
 # ------------------------------------------------------------------------ bad input
-BAD = [
-    (["--condition", "praise"], "--condition praise: choose one of grpo, reference, critique"),
-    (["--divergence", "l2"], "--divergence l2: choose one of forward_kl"),
-    (["--steps", "0"], "--steps is 0: it must be at least 1"),
-    (["--steps", "-3"], "--steps is -3"),
-    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-    (["--problems-per-step", "0"], "--problems-per-step is 0"),
-    (["--lr", "nan"], "--lr is nan"),
-    (["--lr", "-1"], "--lr is -1"),
-    (["--temperature", "0"], "--temperature is 0"),
-    (["--drift", "1.5"], "--drift is 1.5"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--lora-rank", "0"], "--lora-rank is 0"),
-    (["--condition", "grpo", "--group-size", "1"], "--group-size is 1"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    (["--resume"], "holds no run to resume"),
-    (["--model", "/no/such/model"], "cannot load the model /no/such/model"),
-]
+BAD = {  # flags -> what is said
+    "--condition praise": "--condition praise: choose one of grpo, reference, critique",
+    "--divergence l2": "invalid choice: 'l2'",
+    "--steps 0": "--steps is 0",
+    "--steps many": "invalid int value: 'many'",
+    "--lr nan": "--lr is nan",
+    "--condition grpo --group_size 1": "--group_size is 1",
+    "--no_such_flag": "--no_such_flag",
+    "--device abacus": "abacus",
+    "--resume": "cannot resume",
+    "--model /no/such/model": "cannot load the model /no/such/model",
+    "--data /no/such/data.jsonl": "/no/such/data.jsonl",
+    "--critic /no/such/rule.py": "/no/such/rule.py",
+    "--critic /no/such/critic": "cannot load the model /no/such/critic",
+}
 
 
-@pytest.mark.parametrize("arguments, message", BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, message, tmp_path, tiny_folder, capsys):
-    assert run(tmp_path / "run", tiny_folder, *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("sd.py: ") and error.count("\n") == 1
+@pytest.mark.parametrize("more", BAD)
+def test_bad_input_is_said_without_a_traceback_and_leaves_nothing(more, run, tmp_path):
+    status, error = run(tmp_path / "run", *more.split())
+    assert status == 2 and BAD[more] in error.strip().splitlines()[-1] and "Traceback" not in error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, tiny_folder, capsys):
-    (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file" / "run", tiny_folder) == 2
-    assert "cannot write to the folder" in capsys.readouterr().err
+def test_a_foreign_folder_or_a_damaged_run_is_left_alone_in_one_line(run, tmp_path):
+    files = {"mine/config.json": "mine", "file": "file", "damaged/last.pt": "damaged"}
+    for content in b"", b"junk", b"PK\x03\x04 half of one":
+        for file, out in files.items():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_bytes(content)
+            more = ["--resume"] if out == "damaged" else []
+            status, error = run(tmp_path / out, *more, condition="empty")
+            assert status == 2 and len(error.strip().splitlines()) == 1, error
+            assert not more or "sd.py: cannot resume" in error
+            assert (tmp_path / file).read_bytes() == content
+    assert {p.name for p in tmp_path.rglob("*")} == {
+        "mine",
+        "config.json",
+        "file",
+        "damaged",
+        "last.pt",
+    }
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path, tiny_folder, capsys):
-    run(tmp_path / "run", tiny_folder)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    for more in [], ["--resume"]:
-        assert run(tmp_path / "run", tiny_folder, *more) == 2
-        assert "holds a finished run: choose another --out" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+def test_a_new_context_is_one_entry_and_its_bug_shows_a_traceback(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sd.CONTEXTS, "hint", lambda r: f"<answer>{r.critique[-12]}</answer>")
+    assert run(tmp_path / "run", condition="hint", steps=1)[0] == 0
+    [row, *_] = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert row["context"].startswith("<answer>") and any(row["advantages"])
+    monkeypatch.setitem(sd.CONTEXTS, "hint", lambda r: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "another", condition="hint")
 
 
-@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
-def test_a_damaged_model_folder(damage, tmp_path, tiny, capsys):
-    model, tokenizer = tiny
-    broken = tmp_path / "broken"
-    model.save_pretrained(broken), tokenizer.save_pretrained(broken)
-    if damage == "chat_template.jinja":
-        (broken / damage).unlink()
-    else:
-        (broken / damage).write_bytes((broken / damage).read_bytes()[:100])
-    assert run(tmp_path / "run", broken) == 2
-    error = capsys.readouterr().err
-    assert str(broken) in error and "Traceback" not in error and not (tmp_path / "run").exists()
-
-
-def test_help_explains_every_setting_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        sd.main(["--help"])
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    for f in sd.dataclasses.fields(sd.Config):
-        assert f"--{f.name.replace('_', '-')} " in text and f"{f.metadata['help']} (default: {f.default})" in text
-
-
-# ------------------------------------------------------------------------ colour, control codes, the base
-def test_paint_colours_only_a_terminal_and_drops_control_codes(monkeypatch):
-    assert sd.paint("a\x1b[2Jb\x07", -3) == "a [2Jb "
-    monkeypatch.setattr(sd.sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert sd.paint("7", -10.0) == "\x1b[30;48;2;255;100;100m7\x1b[0m"
-    assert sd.paint("7", 10.0) == "\x1b[30;48;2;100;100;255m7\x1b[0m"
-    assert sd.paint("7", 0.0) == "\x1b[30;48;2;255;255;255m7\x1b[0m"
-    assert "\x1b[2J" not in sd.paint("\x1b[2J", 1)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert sd.paint("7", -10.0) == "7"
-
-
-def test_the_base_is_built_once_per_recipe_and_an_interrupted_build_leaves_none(tmp_path, monkeypatch, config):
-    monkeypatch.setitem(sd.BASE, "steps", 2)
-    cfg = config(base_dir=str(tmp_path / "bases"))
-    with monkeypatch.context() as patched:
-        patched.setattr(sd, "pretraining_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            sd.embedded_base(cfg)
-    assert not list((tmp_path / "bases").iterdir())
-    folder = sd.embedded_base(cfg)
-    AutoModelForCausalLM.from_pretrained(folder)
-    monkeypatch.setattr(sd, "Qwen3Config", lambda **_: pytest.fail("built again"))
-    assert sd.embedded_base(cfg) == folder
-    with pytest.raises(pytest.fail.Exception, match="built again"):
-        sd.embedded_base(config(base_dir=str(tmp_path / "bases"), drift=0.2))
-
-
-def test_two_builds_at_once_leave_one_whole_base(tmp_path, monkeypatch, config):
-    monkeypatch.setitem(sd.BASE, "steps", 2)
-    cfg, make = config(base_dir=str(tmp_path / "bases")), sd.Qwen3Config
-
-    def slower(**shape):
-        monkeypatch.setattr(sd, "Qwen3Config", make)
-        sd.embedded_base(cfg)  # the other one is done first
-        return make(**shape)
-
-    monkeypatch.setattr(sd, "Qwen3Config", slower)
-    folder = sd.embedded_base(cfg)
-    assert sd.Qwen3Config is make and [str(p) for p in (tmp_path / "bases").iterdir()] == [folder]
-    AutoModelForCausalLM.from_pretrained(folder)
+if __name__ == "__main__":
+    kill_runs(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:])
