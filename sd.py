@@ -26,9 +26,8 @@ Read up to the end of `train_step`: that is the lesson. Loading, checkpoints and
 follow. Left out: ratio clipping (one update per batch of rollouts: the ratio is 1), a KL penalty,
 learning-rate schedules, several GPUs.
 
-Shapes: B rollouts (a micro-batch), each with P prompt and T completion tokens; L = max(P + T); N
-completion tokens of all B, one rollout after another, without padding, and n of them in a chunk;
-H hidden size; V vocabulary size.
+Shapes: B rollouts of a micro-batch, each with P prompt and T completion tokens; L = max(P + T);
+N completion tokens of all B without padding, n of a chunk; H hidden size; V vocabulary size.
 """
 
 import copy
@@ -57,7 +56,7 @@ from critic import Problem, UserError, atomic_write, correction, first_differenc
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # default model, problems and critic
 
 # The best of a grid on the toy's validation problems. Other contexts take critique's.
-LEARNING_RATES = {"grpo": 5e-4, "reference": 1e-3, "critique": 1e-3}
+LEARNING_RATES = {"grpo": 5e-4, "reference": 4e-3, "critique": 4e-3}
 
 
 # ================================================================================ config
@@ -102,7 +101,6 @@ class Config:
     gen_batch: int = setting(512, "rollouts sampled at once")
     micro_batch: int = setting(64, "rollouts scored at once")
     chunk: int = setting(256, "completion tokens whose logits are held at once")
-    # validation
     eval_every: int = setting(10, "steps between validations")
     val_samples: int = setting(8, "samples of each validation problem")
 
