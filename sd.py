@@ -703,7 +703,7 @@ def main(argv=None):
         cfg, run = open_run(parse_args(argv, {}), argv)
         defaults = vars(Config())
         changed = [name for name in defaults if getattr(cfg, name) != defaults[name]]
-        print("sd.py", *(f"--{name} {getattr(cfg, name)}" for name in changed))
+        print(cfg.condition, *(f"--{name} {getattr(cfg, name)}" for name in changed))
         train(cfg, run)
     except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print(f"\nsd.py: {str(error) or 'interrupted'}", file=sys.stderr)
