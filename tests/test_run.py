@@ -136,7 +136,7 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 4:  # after the checkpoint of step 2, and after step 3 was logged
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt  # as Ctrl-C does
         return step(*arguments)
 
     monkeypatch.setattr(sd, "train_step", interrupted)
