@@ -152,102 +152,89 @@ def keeps_format(attempt):
 
 
 # ================================================================================ answers
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # 12  1,234  0.5  .5
-NUMBER = re.compile(rf"([+-]?)\s*(?:([0-9]+)\s+)?({DIGITS})\s*(?:/\s*({DIGITS}))?")
-# A unit: a percent sign, a known abbreviation, or words. "5 million" and "2 thirds" are no units.
-SHORT = r"[mcdk]?m|in|ft|yd|mi|[mk]?g|lbs?|oz|[mk]?l|s|min|hr?|hrs|h|km/h|mph|m/s"
-SCALE = (
-    r"(?:\S+ths|half|halves|thirds|quarters|dozen|(?:hundred|thousand|[mbtr]+illion)s?|squared)\b"
-)
-UNIT = re.compile(
-    rf"(?<=[0-9.])\s*(%|(?:{SHORT})(?:\^[23])?)$|(?<=[0-9.])\s+(?!{SCALE})([a-z]{{3,}}[a-z ]*)$",
-    re.I,
-)
+# In this order: 3/4; 1,234.50; 12 or .5.
+NUMBER = r"[0-9]+/[1-9][0-9]*|[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+"
+# Not units, since they change the number: 5 million, 2 thirds. But 5 months is 5.
+SCALE = r"hundred|thousand|[a-z]*illion|dozen|tens\b|squared?\b|cubed?\b|factorial"
+PART = r"hal[fv]|third|quarter|(?!month)[a-z]+ths?\b"
+LONG_UNIT = rf"(?i:(?:square |cubic )?(?!{SCALE}|{PART})[a-z]{{3,}}(?: per [a-z]+)?)"
+# One letter is a unit only after a space: 3h is an expression.
+SHORT_UNIT = r"(?:[cdkm]m|[km]g|ml|in|ft|yd|mi|lbs?|oz|hrs?|km/h|(?<= )(?:m/s|[mglsh]))(?:\^[23])?"
+UNIT = rf"%|{SHORT_UNIT}|(?<= ){LONG_UNIT}"
+# Variable, sign, whole part of a mixed number (only before a fraction), number, unit.
+QUANTITY = re.compile(rf"([A-Za-z]=)?\+?(-?)(?:([0-9]+) (?=[0-9]+/))?({NUMBER})(?: ?({UNIT}))?")
 
-
-def number(text):
-    """The value of 12, -0.5, 1,234, 1/2 or 1 1/2 (mixed); None of anything else."""
-    match = NUMBER.fullmatch(text)
-    if not match or (match[2] and not match[4]):  # "1 2" is no number, "1 1/2" is one
-        return None
-    over, under = (
-        Fraction(part.replace(",", "").rstrip(".")) for part in (match[3], match[4] or "1")
-    )
-    if not under:
-        return None
-    value = int(match[2] or 0) + over / under
-    return -value if match[1] == "-" else value
-
-
-def plain_fraction(match):
-    r"""\frac{n(n+1)}{2} as n(n+1)/2, with brackets where the plain form needs them."""
-    over, under = match[1] or match[2], match[3] or match[4]
-    over = over if re.fullmatch(r"-?[^-+]+|[\w.]*\([^()]*\)", over) else f"({over})"
-    under = under if re.fullmatch(r"[0-9.,]+|[A-Za-z]", under) else f"({under})"
-    return f" {over}/{under}"
-
-
-# One rule a line, in order: (pattern, replacement).
-RULES = [
-    (r"(?s)^.*\\boxed\s*\{(.*)\}[^{}]*$", r"\1"),
-    (r"\\(?:text|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1"),
-    (r"\{,\}", ","),
-    (r"\\left|\\right|\\[!,;:]|\^\s*\{?\\circ\}?|°", ""),
-    (r"\\[ ()\[\]]|~", " "),
-    (r"\\([%${}])", r"\1"),
+GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # {…}, in which braces may nest once
+RULES = [  # (pattern, replacement), in this order
     ("\N{MINUS SIGN}", "-"),
-    (r"(?i)^.*\banswer(?: is)?:?\s", ""),
-    (r"^[\s:$*]+|[\s.,;:$*]+$", ""),
-    (r"^[A-Za-z]\s*=\s*(?=[^=,<>!]*$)(?!.*\bor\b)", ""),  # "x = 5", never "x = 1, y = 2"
-    (r"([\^_])\{(\w)\}", r"\1\2"),
-    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", plain_fraction),
-    (r"^\s*\(([A-Z])\)$", r"\1"),  # a multiple-choice letter
-    (r"^\s+|\s+$|\$", ""),
+    (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1"),  # 5\text{ cm}
+    (r"\\!|\\(?:left|right)\b", ""),
+    (r"\{,\}|\\,(?=[0-9]{3})", ","),  # 1{,}234 and 1\,234
+    (r"\^\s*\{?\\circ\}?|°", " degrees"),
+    (r"(?<!\\)\\[,;: ()\[\]]|\\?[$€£]|~", " "),  # LaTeX's spaces and delimiters, currencies
+    (r"\\([%{}])", r"\1"),
+    (r"\\([gl]e|ne)q\b", r"\\\1"),  # \geq is \ge
+    (r"([\^_])(?:\{(-?[0-9]+|[A-Za-z])\}|([0-9]+|[A-Za-z]))", r"\1\2\3 "),  # x^{2}y, x^2y
+    (r"(\\[a-z]+) (?=[0-9])", r"\1"),  # \times 10
+    (r"\s+", " "),
+    (r" ?([^\w\s,.]) ?", r"\1"),  # commas keep theirs: "1, 234" is no number
+    (r"^[ *:]+|[ *.,;:]+$", ""),
+    (r"(?i)^(?:the )?(?:final )?answer(?: is)?:? ?", ""),
+    (r"^\\boxed\{(.*)\}$", r"\1"),
+    (r"^\(([A-Z])\)$", r"\1"),  # a multiple-choice letter
+    (r"^(?:No|[A-Z][a-z ]{2,})$", lambda m: m[0].lower()),  # words; X is not x
     (r"^([0-9]{1,9})\^([0-9]{1,2})$", lambda m: str(int(m[1]) ** int(m[2]))),  # 10^3
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(frac|sqrt) ?(\w)", r"\\\1{\2}"),  # \sqrt2, and the first half of \frac12
+    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r"([0-9])\\frac\{([0-9]+)\}\{([0-9]+)\}", r"\1 \2/\3"),  # a mixed number
+    (rf"\\frac{GROUP}{GROUP}", r"(\1)/(\2)"),
+    # Brackets that a fraction does not need: (n(n+1))/(2), but not (n+1)/(2n).
+    (r"(?<![\w)}\]^/])\((-?[\w.^\\{}]+(?:\([^()]*\))?)\)/", r"\1/"),
+    (r"/\(([0-9.]+|[A-Za-z]|\\sqrt\{\w+\})\)(?![\w(^])", r"/\1"),
 ]
 
 
+def last_answer(completion):
+    """The text of the last closed <answer>; empty if there is none."""
+    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
+    return answers[-1] if answers else ""
+
+
 def read_answer(text):
-    r"""(value, unit) of an answer; of a number the value is a fraction, else the cleaned text.
+    r"""(value, label): a number's Fraction and its unit or variable, or the cleaned text and "".
 
     1/2, 0.5, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." agree. Sets, pairs and
     expressions are compared as written, except for white space and LaTeX spelling.
     """
-    if len(text) > 1000:
-        return "".join(text.split()), ""
-    for pattern, replacement in RULES:
+    if len(text) > 1000:  # no answer; and Python refuses numbers of 4,300 digits
+        return text, ""
+    for pattern, replacement in RULES * 2:  # twice, as in \boxed{\boxed{3}}
         text = re.sub(pattern, replacement, text)
-    unit = UNIT.search(text)
-    value = number(text[: unit.start()] if unit else text)
-    if value is not None:
-        return str(value), (unit[1] or unit[2]).lower() if unit else ""
-    text = " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split())
-    is_word = re.fullmatch(r"(?i)(no|[a-z]{3,})( [a-z]+)*", text)
-    return text.lower() if is_word else text, ""
+    quantity = QUANTITY.fullmatch(text)
+    if not quantity:
+        return text.replace(", ", ","), ""
+    variable, minus, whole, digits, unit = quantity.groups("")
+    value = int(whole or 0) + Fraction(digits.replace(",", ""))
+    return -value if minus else value, variable + unit.lower()
 
 
 def extract_answer(completion):
     """The last closed <answer> in its canonical spelling, or None. Maj@k counts votes by it."""
-    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
-    return " ".join(read_answer(answers[-1])).strip() if answers else None
+    value, label = read_answer(last_answer(completion))
+    return f"{value} {label}".strip() or None
 
 
 def is_correct(completion, answer):
-    """The reward in training and the grade in evaluation. Compares values, not spellings.
-
-    A unit may be missing on one side. 60% is right where the answer is 60 or 0.6.
-    """
-    given = extract_answer(completion)
-    if given is None:
+    """The reward in training and the grade in evaluation. The label may be missing on one side."""
+    value, label = read_answer(last_answer(completion))
+    wanted, wanted_label = read_answer(answer)
+    if value == "":
         return False
-    (value, unit), (wanted, wanted_unit) = read_answer(given), read_answer(answer)
-    if value == wanted:
-        return unit == wanted_unit or not (unit and wanted_unit)
-    if {unit, wanted_unit} != {"%", ""}:
-        return False
-    percent, share = (value, wanted) if unit else (wanted, value)
-    return number(percent) / 100 == number(share)
+    if {label, wanted_label} == {"%", ""}:  # 60% is right where the answer is 60 or 0.6
+        percent, other = (value, wanted) if label else (wanted, value)
+        return other in (percent, percent / 100)
+    return value == wanted and (label == wanted_label or "" in (label, wanted_label))
 
 
 # ================================================================================ critics

@@ -23,23 +23,23 @@ EQUAL = r"""
 1/2 | 0.5 | .5 | 0.50 | 50% | 50\% | 50 % | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 1 2 | 2/4
 1/2 | $\frac{1}{2}$ | \(\frac{1}{2}\) | \boxed{\frac{1}{2}} | \boxed{0.5}. | $\boxed{\dfrac{1}{2}}$
 -1/2 | -\frac{1}{2} | \frac{-1}{2} | −0.5 ; 3/2 | 1 1/2 | 1\frac{1}{2} | 1\frac12 ; -3/2 | -1 1/2
-1234 | 1,234 | 1{,}234 | 1\,234 ; 1234567 | 1,234,567 ; 1234.5 | 1,234.50 ; 1000 | 10^3
-12 | $12 | \$12 | $12$ | $12.00 | 12 dollars ; -3 | −3 | - 3 ; 0 | -0 | 0.0 ; A | (A)
+1234 | 1,234 | 1{,}234 | 1\,234 ; 1234567 | 1,234,567 ; 1234.5 | 1,234.50 ; 1000 | 10^3 ; A | (A)
+12 | $12 | \$12 | $12$ | $12.00 | €12 | 12 dollars ; -3 | −3 | - 3 ; 0 | -0 | 0.0 ; x+1 | x + 1
 3 | +3 | 3. | 3.0 | 003 | The answer is 3. | the final answer is: 3 | x = 3 | x=3. | \boxed{x = 3}
-3 | 3 apples | 3 apples. | **3** ; 5 | 5\text{ cm} | 5 \mathrm{cm}^2 | 5 cm^2 | 5 m | 5kg
-20 | 20 km/h ; 60 | 60% ; 0.6 | 60% ; 90 | 90^\circ | 90^{\circ} | 90° ; x+1 | x + 1 ; x^2 | x^{2}
-(1,2) | ( 1, 2 ) | \left(1, 2\right) | The answer is (1, 2). ; {1,2} | {1, 2} | \{1,2\}
-\{1,2\} | \boxed{\{1, 2\}} ; \frac{x}{2} | \dfrac{x}{2} ; n(n+1)/2 | \frac{n(n+1)}{2}
-\sqrt{2} | $\sqrt{2}$ | \sqrt2 ; 2\sqrt{3} | \boxed{2\sqrt{3}} ; Friday | friday
-no solution | No solution.
+3 | 3 apples | **3** | \boxed{\boxed{3}} ; 5 | 5\text{ cm} | 5 \mathrm{cm}^2 | 5 cm^2 | 5\,cm | 5kg
+5 | 5 m | 5 months | 5 square feet | 5 miles per hour ; 5 eggs | 5 Eggs ; 20 | 20 km/h ; 60 | 60%
+0.6 | 60% ; 90 | 90^\circ | 90^{\circ} | 90° ; x^2 | x^{2} ; x^2y | x^{2}y ; x \ge 3 | x \geq 3
+(1,2) | ( 1, 2 ) | \left(1, 2\right) | The answer is (1, 2). ; {1,2} | \{1,2\} | \boxed{\{1, 2\}}
+n(n+1)/2 | \frac{n(n+1)}{2} ; (x+1)/2 | \frac{x+1}{2} ; \sqrt{2} | \sqrt2 ; 1\\2 | 1 \\ 2 ; no | No
+\sqrt{3}/\sqrt{2} | \frac{\sqrt{3}}{\sqrt{2}} ; \pm3 | \pm 3 ; no solution | No solution.
 """
 UNEQUAL = r"""
-1/2 | 1/3 ; 0.5 | 50 | 5 ; 1 | 1/0 | x+1 | True | 1 cm^2/s ; 12 | 1 2 | 12 - 5 ; 1234 | 12,34
-3 | -3 | 2x | 3 or 4 | three | ٣ | 0x3 | 3 hours 20 minutes | negative 3 | 3 thirds ; 1/3 | 0.333
-(1,2) | (2,1) | 1,2 ; {1,2} | {2,1} ; 10 | 1e1 | 10^2 ; 5 kg | 5 m | 5 cm
-5 | \boxed{}5 | __import__('os') | 5 million | 5 dozen ; x + y = 10 | x - y = 10 | 10
-0 | 2x+1=0 ; 25 | x^2+y^2=25 ; x=7, y=2 | x=1, y=2 | 2 ; x <= 3 | x >= 3 | 3 ; -2 | x=3 or x=-2
-2*3 | 23 ; 2 or 1/2 | 5/2 | 1/2 ; X | x
+1/2 | 1/3 ; 0.5 | 50 | 5 ; 1 | 1/0 | x+1 | 1 cm^2/s ; 12 | 12 - 5 ; 1234 | 12,34 | 1, 234 ; 23 | 2*3
+3 | -3 | 2x | ٣ | 0x3 | 1 2 | 3h | 3abc | 3 hours 20 minutes | negative 3 | 3 thirds ; 1/3 | 0.333
+5 | \boxed{}5 | __import__('os') | 5 million | 5 Million | 5\,000 ; x + y = 10 | x - y = 10 | 10
+0 | 2x+1=0 ; 25 | x^2+y^2=25 ; x=7, y=2 | x=1, y=2 ; x <= 3 | x >= 3 | 3 ; -2 | x=3 or x=-2 ; X | x
+(1,2) | (2,1) ; x^2y | x^{2y} ; 5 kg | 5 m ; 2 or 1/2 | 5/2 ; x = 5 | y = 5 ; x^20 | x^{2}0
+13/4 | 1(3)/4 ; 1/23 | \frac123 ; 1/2x | 1/(2x) ; (x+1)/2 | x+1/2 ; 10 | 10^2 ; \rightarrow | arrow
 """
 
 
