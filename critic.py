@@ -1,13 +1,8 @@
 """Problems, step-tagged text, answers compared by value, and critics. Knows nothing of training.
 
-A critic sees a problem, a solver's step-tagged attempt and the ground truth. It writes a *corrected
-walk through that very attempt*, in four cases (Kara & Ersoy, arXiv 2606.11173): all steps right:
-reproduce it; a step missing: insert it; unfinished: finish it; a step wrong: reproduce the steps
-before it, rewrite that step, carry on from the corrected value.
-
-There are three critics: a rule from a Python file, a local model, and a server that speaks
-OpenAI's protocol. All answer the same call, ask(rollouts, messages) -> [Critique]; of a rollout
-they use .problem and .text, the attempt.
+A critic sees a problem, an attempt and the ground truth, and writes a corrected walk through that
+attempt. It is a rule from a Python file, a local model, or a server; all answer one call,
+ask(rollouts, messages) -> [Critique]. A rule reads .problem and .text of a rollout.
 """
 
 import hashlib
@@ -58,6 +53,8 @@ class Problem:
 
 def read_problems(path):
     """The problems of a JSONL file, one object a line. Raises UserError with file and line."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file")
     problems = []
     lines = Path(path).read_text("utf-8-sig", errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):
@@ -69,9 +66,9 @@ def read_problems(path):
             if not all(text.strip() for text in vars(problem).values()):
                 raise ValueError("an empty text")
             "".join(vars(problem).values()).encode()  # half a character would break a tokenizer
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            wanted = '{"problem": "…", "solution": "…", "answer": "…"}'
-            raise UserError(f"{path}, line {number}: expected {wanted}; got {error!r}") from None
+        except Exception as error:  # json raises many types
+            wanted = "expected the texts problem, solution and answer"
+            raise UserError(f"{path}, line {number}: {wanted}; got {error!r}") from None
         problems.append(problem)
     return problems
 
@@ -112,10 +109,7 @@ class Step:
 
 
 def parse_steps(attempt):
-    """The closed steps of an attempt and its answer, in order. Never raises.
-
-    An opening tag counts if the next tag closes it; everything else is skipped.
-    """
+    """The steps and answers in order. An opening tag counts if the next tag closes it."""
     steps, opening = [], None
     for tag in TAG.finditer(attempt):
         closes, name = tag.groups()
@@ -129,9 +123,9 @@ def parse_steps(attempt):
 def first_difference(attempt, critique):
     """The attempt's first step (or answer) that the critique does not repeat there; else None."""
     for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
-        if ours is None or theirs is None:
+        if not (ours and theirs and ours.name == theirs.name):
             return ours
-        if (ours.name, ours.text.split()) != (theirs.name, theirs.text.split()):
+        if ours.text.split() != theirs.text.split():
             return ours
     return None
 
@@ -140,15 +134,9 @@ def correction(attempt, critique):
     """The verdict on the attempt's first wrong step, with that step as the critique has it."""
     wrong = first_difference(attempt, critique)
     if wrong is None:
-        return "Every step is correct."
+        return "Every step is correct." if parse_steps(attempt) else "There are no tagged steps."
     better = [critique[s.start : s.end] for s in parse_steps(critique) if s.name == wrong.name]
     return f"{wrong.title} is wrong. Correct: {''.join(better)}"
-
-
-def keeps_format(attempt):
-    """True for the steps 1, 2, 3, … followed by one answer, each in its own tags."""
-    names = [step.name for step in parse_steps(attempt)]
-    return len(names) > 1 and names == [f"step_{n}" for n in range(1, len(names))] + ["answer"]
 
 
 # ================================================================================ answers
@@ -238,7 +226,7 @@ def is_correct(completion, answer):
 
 
 # ================================================================================ critics
-CACHE = Path("runs") / "cache"
+CACHE = Path("runs/cache")
 
 
 @dataclass(frozen=True)
@@ -260,7 +248,9 @@ def usable_walk(text, answer):
 
 def rule_critic(path):
     """A rule's file has critique(problem, attempt) -> text or None and, if it can, judge."""
-    critique = runpy.run_path(path)["critique"]
+    critique = runpy.run_path(path).get("critique")
+    if critique is None:
+        raise UserError(f"{path} has no function critique(problem, attempt)")
 
     def ask(rollouts, messages):
         return [usable_walk(critique(r.problem, r.text), r.problem.answer) for r in rollouts]
@@ -268,15 +258,12 @@ def rule_critic(path):
     return ask
 
 
-def server_critic(url, model, max_tokens, parallel):
-    """answer(messages) of an OpenAI-compatible server; yields (index, text, failure or "").
-
-    The key is read from CRITIC_API_KEY. Raises UserError if the server refuses it.
-    """
+def server_critic(cfg):
+    """The critic on an OpenAI-compatible server. Raises UserError if it refuses the key."""
     # With no key the client would send the user's Hugging Face token to this server.
     key = os.environ.get("CRITIC_API_KEY", "none")
-    client = InferenceClient(base_url=url, api_key=key, timeout=600)  # seconds without data
-    options = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+    client = InferenceClient(base_url=cfg.critic, api_key=key, timeout=600)  # seconds without data
+    options = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
 
     def ask_server(numbered):
         n, message = numbered
@@ -287,27 +274,26 @@ def server_critic(url, model, max_tokens, parallel):
                 cut_off = choice.finish_reason == "length"
                 return n, choice.message.content, "cut off" if cut_off else ""
             except Exception as error:  # transport, protocol and format errors of several libraries
-                status = getattr(getattr(error, "response", None), "status_code", 0)
-                failure = f"HTTP {status}" if status else str(error).split("\n")[0]
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", 0)
+                failure = f"HTTP {status}" if status else str(error)
                 malformed = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
             if status in (401, 403):
-                raise UserError(f"{url} refuses the key ({failure}): set CRITIC_API_KEY")
+                raise UserError(f"{cfg.critic} refuses the key ({failure}): set CRITIC_API_KEY")
             if malformed or pause is None or (400 <= status < 500 and status not in (408, 429)):
                 return n, "", failure
-            time.sleep(pause)
+            wanted = response.headers.get("Retry-After", "") if status else ""
+            time.sleep(min(int(wanted), 60) if wanted.isdigit() else pause)
 
     def answer(messages):
-        with ThreadPool(parallel) as pool:  # its threads are daemons: Ctrl-C does not wait for them
+        with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
             yield from pool.imap_unordered(ask_server, enumerate(messages))
 
-    return answer
+    return cached(answer, [cfg.critic, cfg.critic_model, cfg.critic_max_tokens])
 
 
 def cached(answer, identity):
-    """ask(rollouts, messages) over a critic's `answer`, which sees each message only once.
-
-    Each answer is kept in a file. Raises UserError if no message of a call is answered.
-    """
+    """A critic from answer(messages) -> (index, text, failure). Keeps each answer in a file."""
 
     def file_of(message):
         key = hashlib.sha256(json.dumps([identity, message]).encode()).hexdigest()
@@ -324,13 +310,9 @@ def cached(answer, identity):
                 file.write(text.encode("utf-8", "replace"))
         if messages and set(failures) == set(messages):
             raise UserError(f"the critic answers nothing: {failures[messages[0]].failure}")
-        critiques = []
-        for rollout, message in zip(rollouts, messages, strict=True):
-            if message in failures:
-                critiques.append(failures[message])
-            else:
-                text = file_of(message).read_text("utf-8")
-                critiques.append(usable_walk(text, rollout.problem.answer))
-        return critiques
+        return [
+            failures.get(m) or usable_walk(file_of(m).read_text("utf-8"), r.problem.answer)
+            for r, m in zip(rollouts, messages, strict=True)
+        ]
 
     return ask

@@ -30,6 +30,7 @@ from statistics import multimode
 
 import torch
 import transformers
+from tqdm import tqdm
 
 import critic
 import sd
@@ -87,7 +88,6 @@ def rows_of(subjects):
 class Attempt(sd.Rollout):
     """A rollout, and what a context says of it; without the context, `advantages` is empty."""
 
-    group_advantage: float = -1.0  # makes grpo's loss the log-prob: see token_log_probs
     ends: list = None  # where its tokens end in the text, behind a 0: 1 + T
     kinds: list = None  # what its tokens are, if it is a wrong one: T
     teacher_right: float = math.nan  # 1 if what the teacher itself writes is right
@@ -100,17 +100,20 @@ def write(path, text):
 
 
 def sample(model, tokenizer, problems, prompts, cfg):
-    """An Attempt from each prompt, graded. Token ids are read back if they were sampled before."""
-    settings = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature]
-    key = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
-    key = repr([key, settings, prompts]).encode()
-    file = critic.CACHE / f"eval-{hashlib.sha256(key).hexdigest()[:32]}.json"
-    try:
-        completions = json.loads(file.read_text())
-    except (OSError, ValueError):  # no file, or a broken one
-        torch.manual_seed(cfg.seed)
-        completions = sd.generate(model, tokenizer, prompts, *settings, title="sampling")
-        write(file, json.dumps(completions))
+    """An Attempt from each prompt, graded. The token ids of each batch are kept in a file."""
+    identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
+    settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
+    for start in tqdm(range(0, len(prompts), cfg.gen_batch), "sampling", leave=False):
+        batch = prompts[start : start + cfg.gen_batch]
+        key = repr([identity, settings, start, batch]).encode()
+        file = critic.CACHE / f"eval-{hashlib.sha256(key).hexdigest()[:32]}.json"
+        try:
+            completions += json.loads(file.read_text())
+        except (OSError, ValueError):  # no file, or a broken one
+            torch.manual_seed(cfg.seed + start)
+            sampled = sd.generate(model, tokenizer, batch, *settings)
+            write(file, json.dumps(sampled))
+            completions += sampled
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     attempts = []
     for problem, prompt, ids, text in zip(problems, prompts, completions, texts, strict=True):
@@ -177,12 +180,16 @@ def score_rows(rows, scores, names):
 # ================================================================================ advantages
 @torch.no_grad()
 def token_log_probs(model, attempts, cfg):
-    """log π(y_t | prompt, y_<t), [T] per attempt: grpo's loss −A_i log π(y_t) where A_i = −1."""
-    cfg, parts = replace(cfg, condition="grpo"), []
+    """log π(y_t | prompt, y_<t) of every token: [T] for each attempt."""
+    found = []
     for start in range(0, len(attempts), cfg.micro_batch):
         batch = attempts[start : start + cfg.micro_batch]
-        parts.append(sd.token_losses(model, batch, cfg)[0].cpu())
-    return torch.cat(parts).split([len(attempt.completion) for attempt in attempts])
+        completions = [a.completion for a in batch]
+        states = sd.hidden_states(model, [a.prompt for a in batch], completions)  # [N, H]
+        for rows, ids in zip(states.split(list(map(len, completions))), completions, strict=True):
+            log_probs = sd.log_probs(model, rows, cfg.temperature)  # [T, V]
+            found.append(log_probs[range(len(ids)), ids].cpu())
+    return found
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
@@ -436,15 +443,12 @@ def report(args):
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
 
 
-def main(argv=None):
+def main(argv):
     sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with sd.one_line_errors("eval.py"):
         report(parse_args(argv))
-    except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        print(f"eval.py: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

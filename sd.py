@@ -1,9 +1,8 @@
 """Self-distillation from feedback, in one file.
 
-A language model learns from itself. The student writes an attempt. The teacher is the model that
-training started from, with a *context* in its prompt; it scores every token of that attempt. This
-file implements *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv
-2606.11173), which varies one thing: what the teacher sees.
+The student writes an attempt. The teacher is the model that training started from, with a
+*context* in its prompt; it scores every token of that attempt. After *The Role of Feedback
+Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173), one thing varies: the context.
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
     reference   a reference solution: another derivation of the right answer
@@ -17,20 +16,19 @@ One training step, and the function that takes it:
     4. teacher      log π_0(· | x, c, y_<t), adapters off, no gradient                    the same
     5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)      token_advantages
                     how much the context favours token t; logged, not trained on
-    6. loss         KL(teacher_t ‖ student_t) at every token                            forward_kl
+    6. loss         KL(teacher_t ‖ student_t) at every token                                    kl
        or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r       policy_gradient_loss
                     either one averaged over all tokens of the step
     7. update       one AdamW step on the LoRA adapters                                 train_step
 
-Read up to the end of `train_step`: that is the lesson. Loading, checkpoints and the command line
-follow. Left out: ratio clipping (one update per batch of rollouts: the ratio is 1), a KL penalty,
-learning-rate schedules, several GPUs.
+The lesson ends with `train_step`; loading, checkpoints and the command line follow. Left out: ratio
+clipping (one update per batch: the ratio is 1), KL penalty, learning-rate schedule, several GPUs.
 
 Shapes: B rollouts of a micro-batch, each with P prompt and T completion tokens; L = max(P + T);
 N completion tokens of all B without padding, n of a chunk; H hidden size; V vocabulary size.
 """
 
-import copy
+import argparse
 import json
 import math
 import os
@@ -44,19 +42,20 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import critic
 from critic import Problem, UserError, atomic_write, correction, first_difference, parse_steps
 
-TOY = Path(__file__).resolve().parent / "tests" / "toy"  # default model, problems and critic
+TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems and critic
 
 # The best of a grid on the toy's validation problems. Other contexts take critique's.
 LEARNING_RATES = {"grpo": 5e-4, "reference": 4e-3, "critique": 4e-3}
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of other models
 
 
 # ================================================================================ config
@@ -75,18 +74,14 @@ class Config:
     # model, data, critic
     model: str = setting(str(TOY), "solver: folder or hub id of a chat model")
     data: str = setting(str(TOY), "JSONL file, or folder with train, val and test.jsonl")
-    critic: str = setting(
-        str(TOY / "scribe.py"), "a rule's .py file, folder, hub id or http://…/v1"
-    )
+    critic: str = setting(f"{TOY}/scribe.py", "a rule's .py file, folder, hub id or http://…/v1")
     critic_model: str | None = setting(None, "model name on the critic's server")
     critic_max_tokens: int = setting(4096, "longest critique, thinking included, in tokens")
     critic_batch: int = setting(8, "critiques at once: batch size, or parallel requests")
     device: str | None = setting(None, "automatic: cuda if there is one, else cpu")
     dtype: str | None = setting(None, "frozen weights; automatic: bfloat16 on cuda, else float32")
     # method
-    teacher_thinking: bool = setting(
-        False, "enable_thinking in the teacher's prompt, as in the paper"
-    )
+    teacher_thinking: bool = setting(False, "enable_thinking in the teacher's prompt")
     steps: int = setting(70, "training steps")
     problems_per_step: int = setting(32, "problems in a training step")
     group_size: int | None = setting(None, "rollouts of each problem; automatic: 8 in grpo, else 1")
@@ -106,17 +101,13 @@ class Config:
 
     def __post_init__(self):
         """Fills in the automatic values."""
-        is_cuda = torch.cuda.is_available() and self.device != "cpu"
-        automatic = {
-            "out": f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else ""),
-            "device": "cuda" if is_cuda else "cpu",
-            "dtype": "bfloat16" if is_cuda else "float32",
-            "group_size": 8 if self.condition == "grpo" else 1,
-            "lr": LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"]),
-        }
-        for name, value in automatic.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
+        if self.group_size is None:
+            self.group_size = 8 if self.condition == "grpo" else 1
+        if self.lr is None:
+            self.lr = LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
 
 
 # ================================================================================ prompts
@@ -127,8 +118,7 @@ SOLVE = (
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Write a
-corrected walk through that attempt. Be a faithful scribe: keep the student's own steps, words and
-notation wherever they are right.
+corrected walk through that attempt. Keep the student's steps, words and notation where right.
 
 A. If every step is right, repeat the attempt word for word.
 B. If the answer is right but a step is missing, repeat the attempt and insert the step.
@@ -136,9 +126,8 @@ C. If the attempt is unfinished, repeat its right steps, shortened if they are l
 D. If a step is wrong, repeat the steps before it word for word, rewrite that step, and carry on
 from the corrected value to the answer in the student's own way. Do not repeat the wrong step.
 
-Write each step in tags of its own, <step_1>...</step_1>, <step_2>...</step_2> and so on, and then
-the final answer in <answer>...</answer>. Write nothing else: no comment, no verdict, no mention of
-the reference.
+Write steps in tags, <step_1>...</step_1>, <step_2>...</step_2> and so on, and then the final answer
+in <answer>...</answer>. Write nothing else: no comment, no verdict, no mention of the reference.
 
 Problem: {problem}
 Reference solution: {solution}
@@ -165,15 +154,16 @@ class Rollout:
     problem: Problem  # .problem, .solution (the reference) and .answer, all texts
     prompt: list[int]  # P token ids
     completion: list[int]  # T token ids as sampled, end token included; never re-tokenised
-    text: str  # the completion, decoded
+    text: str  # the completion, decoded; special tokens left out
     reward: float  # 1 right, 0 wrong
+    tokens: list[str] = ()  # the text of each token
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected walk; None if it failed
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees beside the problem
     teacher_prompt: list[int] | None = None  # None: no teacher; only grpo trains on it
-    advantages: list[float] = field(default_factory=list)  # of each token: A_t; in grpo A_i
+    advantages: list[float] = ()  # of each token: A_t; in grpo A_i
 
 
 def omit(r):
@@ -253,18 +243,17 @@ def group_advantages(rewards):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature, title=None):
+def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
     """One completion of each prompt, up to and including the first end token: B lists of T ids.
 
-    Samples exactly the distribution that is scored later: temperature alone, no top-k, no top-p.
-    Temperature 0 decodes greedily. A title shows a progress bar.
+    Samples what is scored later: temperature alone, no top-k or top-p. Temperature 0 is greedy.
     """
     completions, ends = [], model.generation_config.eos_token_id
-    strategy = {"do_sample": temperature > 0, "temperature": temperature or 1.0}
-    for start in tqdm(range(0, len(prompts), batch_size), title, disable=not title, leave=False):
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
+    for start in range(0, len(prompts), batch_size):
         batch = {"input_ids": prompts[start : start + batch_size]}
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, top_k=0, **strategy)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             # Cut at the first end token. Stripping padding would drop it where pad = end.
             length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
@@ -276,15 +265,19 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     """group_size graded rollouts of each problem, the first problem's first."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = encode_chats(tokenizer, [solver_message(p) for p in problems])
-    limits = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
-    completions = generate(model, tokenizer, prompts, cfg.gen_batch, **limits)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rewards = [float(critic.is_correct(texts[i], p.answer)) for i, p in enumerate(problems)]
-    advantages = group_advantages(torch.tensor(rewards).view(-1, group_size)).flatten().tolist()
+    sampling = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature]
+    completions = generate(model, tokenizer, prompts, *sampling)
     rollouts = []
-    for i, problem in enumerate(problems):
-        graded = {"text": texts[i], "reward": rewards[i], "group_advantage": advantages[i]}
-        rollouts.append(Rollout(problem, prompts[i], completions[i], **graded))
+    for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        tokens = tokenizer.batch_decode([[token] for token in completion])
+        reward = float(critic.is_correct(text, problem.answer))
+        graded = {"text": text, "tokens": tokens, "reward": reward}
+        rollouts.append(Rollout(problem, prompt, completion, **graded))
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
+    advantages = group_advantages(rewards).flatten().tolist()
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rollout.group_advantage = advantage
     return rollouts
 
 
@@ -318,17 +311,14 @@ def hidden_states(model, prompts, completions):
     """Last hidden states that predict the completions' tokens: [N, H], one rollout after another.
 
     The one scorer: the student calls it with its own prompts, the teacher with the context in them.
-    Hidden states instead of logits: N × V logits do not fit in memory for a real vocabulary.
     """
     sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
     # right-padded; causal attention never sees the padding, so no mask is needed
     ids = pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
     states = model.base_model(ids, use_cache=False).last_hidden_state  # [B, L, H]
-    rows = []
-    for row, prompt, completion in zip(states, prompts, completions, strict=True):
-        start = len(prompt) - 1  # position t − 1 predicts token t
-        rows.append(row[start : start + len(completion)])  # [T, H]
-    return torch.cat(rows)  # [N, H]
+    spans = zip(states, prompts, completions, strict=True)
+    # position t − 1 predicts token t
+    return torch.cat([row[len(p) - 1 : len(p) + len(c) - 1] for row, p, c in spans])  # [N, H]
 
 
 def log_probs(model, states, temperature):
@@ -347,26 +337,24 @@ def token_advantages(student, teacher, tokens):
 
 
 # ================================================================================ 6. losses
-# Divergences of log-probs over the full vocabulary: [N, V], [N, V] -> [N], in nats. The last two
-# terms sum to zero over the vocabulary. They make the gradient exactly zero where student and
-# teacher agree; without them AdamW scales rounding errors of 1e-8 up to full steps.
-def forward_kl(student, teacher):
-    """KL(teacher ‖ student) = Σ_v teacher_v (log teacher_v − log student_v): the paper's D."""
-    return (teacher.exp() * (teacher - student) + student.exp() - teacher.exp()).sum(-1)
-
-
-def reverse_kl(student, teacher):
-    """KL(student ‖ teacher) = Σ_v student_v (log student_v − log teacher_v)."""
-    return (student.exp() * (student - teacher) + teacher.exp() - student.exp()).sum(-1)
+def kl(p, q):
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v) of log-probs: [N, V], [N, V] -> [N], in nats."""
+    # The last two terms sum to zero. They make the gradient exactly zero where p = q; without them
+    # AdamW scales rounding errors of 1e-8 up to full steps.
+    return (p.exp() * (p - q) + q.exp() - p.exp()).sum(-1)
 
 
 def jsd(student, teacher):
     """½ KL(teacher ‖ m) + ½ KL(student ‖ m), with the mixture m = ½ teacher + ½ student."""
     mixture = student + (F.softplus(teacher - student) - math.log(2))
-    return (forward_kl(mixture, teacher) + forward_kl(mixture, student)) / 2
+    return (kl(teacher, mixture) + kl(student, mixture)) / 2
 
 
-DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+DIVERGENCES = {  # of the student's from the teacher's log-probs
+    "forward_kl": lambda student, teacher: kl(teacher, student),  # the paper's D
+    "reverse_kl": lambda student, teacher: kl(student, teacher),
+    "jsd": jsd,
+}
 
 
 def policy_gradient_loss(student, tokens, advantages):
@@ -377,8 +365,11 @@ def policy_gradient_loss(student, tokens, advantages):
     return -advantages * student.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def token_losses(model, rollouts, cfg):
-    """Loss and advantage of every completion token: [N], [N]. The one `if` between conditions."""
+def accumulate_gradients(model, rollouts, step_tokens, cfg):
+    """Adds a micro-batch's share to the step's gradient, and returns its share of the loss.
+
+    Holds the one `if` between the conditions. Gives each rollout its advantages.
+    """
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
@@ -403,13 +394,21 @@ def token_losses(model, rollouts, cfg):
             divergence = DIVERGENCES[cfg.divergence](student, teacher)
             return divergence, token_advantages(student, teacher, tokens)
 
-    # Checkpointed chunks of n positions: forward and backward hold the logits of one chunk.
-    parts = []
-    chunks = [x.split(cfg.chunk) for x in (tokens, student_states, signal)]
+    # The logits of all N tokens would not fit in memory. So backward goes from each chunk's loss
+    # to its hidden states, freeing its logits, and then once from there through the network.
+    leaves = student_states.detach().requires_grad_()
+    loss, advantages = 0.0, []
+    chunks = [x.split(cfg.chunk) for x in (tokens, leaves, signal)]
     for chunk in zip(*chunks, strict=True):
-        parts.append(checkpoint(chunk_losses, *chunk, use_reentrant=False))
-    losses, advantages = zip(*parts, strict=True)
-    return torch.cat(losses), torch.cat(advantages)
+        losses, values = chunk_losses(*chunk)  # [n], [n]
+        (losses.sum() / step_tokens).backward()
+        loss += losses.sum().item() / step_tokens
+        advantages += values.tolist()
+    student_states.backward(leaves.grad)
+    for rollout in rollouts:
+        length = len(rollout.completion)
+        rollout.advantages, advantages = advantages[:length], advantages[length:]
+    return loss
 
 
 # ================================================================================ 7. training step
@@ -430,12 +429,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     loss = 0.0
     for start in range(0, len(trained), cfg.micro_batch):
         batch = trained[start : start + cfg.micro_batch]
-        losses, advantages = token_losses(model, batch, cfg)  # [N], [N]
-        (losses.sum() / tokens).backward()
-        loss += losses.sum().item() / tokens
-        lengths = [len(r.completion) for r in batch]
-        for rollout, values in zip(batch, advantages.split(lengths), strict=True):
-            rollout.advantages = values.tolist()
+        loss += accumulate_gradients(model, batch, tokens, cfg)
 
     adapters = optimizer.param_groups[0]["params"]
     grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item()
@@ -459,7 +453,6 @@ def rollout_metrics(rollouts):
     return {
         "reward": mean(r.reward for r in rollouts),
         "length": mean(len(r.completion) for r in rollouts),
-        "format": mean(critic.keeps_format(r.text) for r in rollouts),
         "advantage": mean(advantages),
         "abs_advantage": mean(abs(a) for a in advantages),
         "masked": mean(not r.advantages for r in rollouts),
@@ -467,31 +460,24 @@ def rollout_metrics(rollouts):
     }
 
 
-def sample_row(step, rollout, tokenizer):
-    """A line of samples.jsonl: a whole rollout, and the text of each token of its completion."""
-    texts = tokenizer.batch_decode([[token] for token in rollout.completion])
-    return {"step": step, "tokens": texts} | asdict(rollout)
-
-
 def paint(text, advantage=0.0):
     """The text for a terminal, on blue where A_t says keep, on orange where it says change."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
-    if abs(advantage) < 1 or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+    if abs(advantage) < 1 or not sys.stdout.isatty():
         return text
     return f"\x1b[97;48;5;{25 if advantage > 0 else 166}m{text}\x1b[0m"
 
 
-def show(row):
-    """Prints a row of samples.jsonl: an attempt coloured by A_t, and what the teacher sees."""
-    grade = "right" if row["reward"] else "wrong"
-    tqdm.write(f"\nstep {row['step']}: {paint(row['problem']['problem'])}, answered {grade}")
-    if not row["context"]:
-        tqdm.write(f"  attempt: {paint(row['text'])}")
-        return
-    pairs = list(zip(row["advantages"], row["tokens"], strict=True))
-    lowest = [f"{a:.2f} at {paint(text)}" for a, text in sorted(pairs)[:3]]
+def show(step, rollout):
+    """Prints an attempt, coloured by A_t, and what the teacher sees."""
+    grade = "right" if rollout.reward else "wrong"
+    pairs = list(zip(rollout.advantages, rollout.tokens, strict=True))
+    tqdm.write(f"\nstep {step}: {paint(rollout.problem.problem)}, answered {grade}")
     tqdm.write("  attempt: " + " ".join(paint(text, a) for a, text in pairs))
-    tqdm.write(f"  teacher sees: {paint(row['context'])}\n  lowest A_t: {', '.join(lowest)}")
+    if rollout.context:
+        lowest = [f"{a:.2f} at {paint(text)}" for a, text in sorted(pairs)[:3]]
+        tqdm.write(f"  teacher sees: {paint(rollout.context)}")
+        tqdm.write(f"  lowest A_t: {', '.join(lowest)}")
 
 
 # ================================================================================ model and critic
@@ -499,33 +485,30 @@ def load_model(name, cfg):
     """Loads (model, tokenizer) from a folder or hub id. Raises UserError on what it cannot use."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        encode_chats(tokenizer, ["a message"])
         options = {"dtype": cfg.dtype, "trust_remote_code": False, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
         model.to(cfg.device).eval()  # eval: no dropout
     except Exception as error:  # the libraries raise many types
         raise UserError(f"cannot load the model {name}: {error}") from None
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    vocabulary = range(model.get_input_embeddings().num_embeddings)
+    scales = {getattr(model.config, scale, None) for scale in LOGIT_SCALES}
     flaws = {
         "lacks weights": info["missing_keys"],
-        "has no chat template": not tokenizer.chat_template,
-        "has no end token": ends is None,
-        "caps or scales its logits": any(
-            getattr(model.config, key, None) not in (None, 1.0) for key in scaled
-        ),
+        "has weights that are not finite": not all(p.isfinite().all() for p in model.parameters()),
+        "has no end token in its vocabulary": not set(ends) <= set(vocabulary),
+        "caps or scales its logits": scales - {None, 1.0},
+        "is recurrent": model._is_stateful,
     }
-    for flaw, found in flaws.items():
-        if found:
-            raise UserError(f"the model {name} {flaw}: not supported")
-    ends = ends if isinstance(ends, list) else [ends]
-    if tokenizer.pad_token_id is None:
+    for flaw in filter(flaws.get, flaws):
+        raise UserError(f"the model {name} {flaw}: not supported")
+    if tokenizer.pad_token_id not in vocabulary:
         tokenizer.pad_token_id = ends[0]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    tokenizer.model_max_length = limit or 10**9
+    tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", 10**9)
     # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
-    pad = tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
     return model, tokenizer
 
 
@@ -539,26 +522,25 @@ def open_critic(cfg, model, tokenizer):
     if cfg.critic.endswith(".py"):
         return critic.rule_critic(cfg.critic)
     if cfg.critic.startswith(("http://", "https://")):
-        limits = {"max_tokens": cfg.critic_max_tokens, "parallel": cfg.critic_batch}
-        answer = critic.server_critic(cfg.critic, cfg.critic_model, **limits)
-        return critic.cached(answer, [cfg.critic, cfg.critic_model, cfg.critic_max_tokens])
+        return critic.server_critic(cfg)
     if cfg.critic != cfg.model:
         model, tokenizer = load_model(cfg.critic, cfg)
-    limits = {"max_new_tokens": cfg.critic_max_tokens, "temperature": 0}
+    limit = cfg.critic_max_tokens
 
     def answer(messages):
         prompts = encode_chats(tokenizer, messages)
         with adapters_off():  # a solver that is its own critic: its base weights
-            completions = generate(model, tokenizer, prompts, cfg.critic_batch, **limits)
+            completions = generate(model, tokenizer, prompts, cfg.critic_batch, limit, 0)
         for n, completion in enumerate(completions):
             ended = completion[-1] in model.generation_config.eos_token_id
+            fits = len(prompts[n] + completion) <= tokenizer.model_max_length
             text = tokenizer.decode(completion, skip_special_tokens=True)
-            yield n, text, "" if ended else "cut off"
+            yield n, text, "" if ended and fits else "cut off"
 
-    return critic.cached(answer, [fingerprint(model), cfg.critic_max_tokens])
+    return critic.cached(answer, [fingerprint(model), limit])
 
 
-# ================================================================================ training
+# ================================================================================ checkpoints
 # Settings that may change on resume; they affect results only by rounding.
 FREE = {"resume", "device", "micro_batch", "chunk", "critic_batch"}
 
@@ -569,22 +551,24 @@ def open_run(cfg, argv):
     if not cfg.resume:
         if folder.exists() and set(os.listdir(folder)) - {"last.pt.new"}:  # of a killed first save
             raise UserError(f"{folder} is not empty: choose another --out, or --resume its run")
-        run = {"settings": vars(cfg), "step": -1, "best_avg": -1.0, "metrics": [], "samples": []}
-        return cfg, run
+        return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
         saved = {name: value for name, value in run["settings"].items() if name not in FREE}
     except Exception as error:  # torch raises many types
         raise UserError(f"cannot resume {folder}: {error}") from None
     cfg = parse_args(argv, saved)
+    cfg.resume = False  # config.json is that of the undisturbed run
     for name, value in saved.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{folder} was started with --{name} {value}, now {getattr(cfg, name)}")
     return cfg, run
 
 
-def write_logs(folder, run):
-    (folder / "config.json").write_text(json.dumps(run["settings"], indent=2) + "\n")
+def write_logs(run, cfg):
+    """Writes what can be read while training: config.json, metrics.jsonl and samples.jsonl."""
+    folder = Path(cfg.out)
+    (folder / "config.json").write_text(json.dumps(vars(cfg), indent=2) + "\n")
     for name in ("metrics", "samples"):
         lines = [json.dumps(row) + "\n" for row in run[name]]
         (folder / f"{name}.jsonl").write_text("".join(lines))
@@ -602,6 +586,7 @@ def save_merged(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
+# ================================================================================ training
 def draw_batches(problems, cfg):
     """The problems of each step: reshuffled every epoch, one epoch after another."""
     rng, order, size = random.Random(cfg.seed), [], cfg.problems_per_step
@@ -610,108 +595,113 @@ def draw_batches(problems, cfg):
     return [order[i : i + size] for i in range(0, cfg.steps * size, size)]
 
 
-def validate(model, tokenizer, optimizer, adapters, problems, run, cfg):
-    """Validates: 100 × mean reward. Keeps the adapters if they are the best; saves last.pt."""
-    torch.manual_seed(1)  # the same random draws every time
-    rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
-    avg = 100 * mean(r.reward for r in rollouts)
-    if avg > run["best_avg"]:
-        best = copy.deepcopy(adapters.state_dict())
-        run |= {"best_step": run["step"], "best_avg": avg, "best_adapters": best}
-    run["metrics"][-1]["val_avg"] = avg
-    run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_write(Path(cfg.out) / "last.pt") as file:
-        torch.save(run, file)
-
-
-def train(cfg, run):
-    """Trains, from the run's last checkpoint on if there is one; saves the best model."""
+def prepare(cfg, run):
+    """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
-    train_set, val_set, test_set = problems
     model, tokenizer = load_model(cfg.model, cfg)
-    messages = [solver_message(p) for p in train_set + val_set + test_set]
-    longest = max(len(prompt) for prompt in encode_chats(tokenizer, messages)) + cfg.max_new_tokens
+    messages = [solver_message(problem) for part in problems for problem in part]
+    longest = max(map(len, encode_chats(tokenizer, messages))) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and its completion, {longest} tokens")
     identity = repr((fingerprint(model), problems))
     if run.setdefault("identity", identity) != identity:
         raise UserError(f"cannot resume {cfg.out}: --model or --data have changed since")
+    return problems, model, tokenizer
+
+
+def validate(model, tokenizer, optimizer, adapters, problems, run, cfg):
+    """Validates: 100 × mean reward. Keeps the adapters if they are the best; saves last.pt."""
+    torch.manual_seed(1)  # the same random draws every time
+    rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
+    avg = 100 * mean(r.reward for r in rollouts)
+    run["metrics"][-1]["val_avg"] = avg
+    if avg > run["best_avg"]:
+        best = {name: adapter.clone() for name, adapter in adapters.state_dict().items()}
+        run |= {"best_avg": avg, "best_adapters": best}
+    state = {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
+    with atomic_write(Path(cfg.out) / "last.pt") as file:
+        torch.save(run | state | {"settings": vars(cfg)}, file)
+
+
+def train(cfg, run):
+    """Trains, from the run's last checkpoint on if there is one; saves the best model."""
+    (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
     ask = open_critic(cfg, model, tokenizer)
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
-    if run["step"] >= 0:
+    first = len(run["metrics"])  # step 0 only validates: the base may be the best
+    if first > 0:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
     batches = draw_batches(train_set, cfg)
-    bar = tqdm(total=cfg.steps, initial=max(run["step"], 0), desc=cfg.condition)
-    folder = Path(cfg.out)
+    bar = tqdm(total=cfg.steps, initial=max(first - 1, 0), desc=cfg.condition)
     try:
-        for step in range(run["step"] + 1, cfg.steps + 1):
-            run["step"] = step
-            run["metrics"].append({"step": step})
-            if step > 0:  # step 0 only validates: the base may be the best
+        for step in range(first, cfg.steps + 1):
+            row = {"step": step}
+            if step > 0:
                 torch.manual_seed(1_000_003 * cfg.seed + step)  # so no random state is saved
-                rollouts, metrics = train_step(
-                    model, tokenizer, optimizer, batches[step - 1], ask, cfg
-                )
+                batch = batches[step - 1]
+                rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
+                row |= metrics | rollout_metrics(rollouts)
                 rollouts.sort(key=lambda r: r.reward)  # wrong attempts first
-                rows = [sample_row(step, r, tokenizer) for r in rollouts[:3]]
-                if step in (1, cfg.steps):
-                    show(rows[0])
-                run["samples"] += rows
-                run["metrics"][-1] |= metrics | rollout_metrics(rollouts)
+                run["samples"] += [{"step": step} | asdict(r) for r in rollouts[:3]]
+                if step == 1:
+                    show(step, rollouts[0])
                 bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
                 bar.update()
+            run["metrics"].append(row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 validate(model, tokenizer, optimizer, adapters, val_set, run, cfg)
-            write_logs(folder, run)
-        write_logs(folder, run)  # a resumed run may have no step left
+            write_logs(run, cfg)
     finally:
         bar.close()
         if "best_adapters" in run:
+            write_logs(run, cfg)  # a resumed run may have no step left
             adapters.load_state_dict(run["best_adapters"])
-            save_merged(model, tokenizer, folder / "best")
+            save_merged(model, tokenizer, Path(cfg.out) / "best")
 
 
 # ================================================================================ command line
 def parse_args(argv, defaults):
     """The settings on the command line. Raises UserError on an invalid value."""
-    usage = "python sd.py [--SETTING VALUE ...]"
-    parser = HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.set_defaults(**defaults)
-    try:
-        cfg = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except ValueError as error:
-        raise UserError(error) from None
+    cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.condition not in CONTEXTS:
         raise UserError(f"--condition {cfg.condition}: choose one of {', '.join(CONTEXTS)}")
     for name, value in vars(cfg).items():
         least = 0 if name == "seed" else 1e-12
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise UserError(f"--{name} is {value}: it must be positive")
-    if cfg.condition == "grpo" and cfg.group_size == 1:
-        raise UserError("--group_size is 1: grpo compares at least two rollouts of a problem")
+        if type(value) in (int, float) and not least <= value < 10**6:
+            raise UserError(f"--{name} is {value}: it must be positive and below a million")
     return cfg
 
 
-def main(argv=None):
+@contextmanager
+def one_line_errors(program):
+    """Ends the program with one line and status 2 if the user or the machine is the cause."""
+    try:
+        yield
+    except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
+        text = " ".join(paint(str(error)).split()) or "interrupted"
+        if isinstance(error, RuntimeError) and "memory" not in text:
+            raise  # a bug of ours: torch has no type of its own for a CPU out of memory
+        print(f"\n{program}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv):
     sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with one_line_errors("sd.py"):
         cfg, run = open_run(parse_args(argv, {}), argv)
-        defaults = vars(Config())
-        changed = [name for name in defaults if getattr(cfg, name) != defaults[name]]
-        print(cfg.condition, *(f"--{name} {getattr(cfg, name)}" for name in changed))
+        print(cfg.condition, *argv)
         train(cfg, run)
-    except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        print(f"\nsd.py: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(2)
     import eval as test  # prints the table; imported here because it imports this file
 
     test.main([cfg.out, "--json", f"{cfg.out}/result.json"])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

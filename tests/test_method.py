@@ -32,7 +32,7 @@ QUOTED = {  # attempt -> what quote and omit say of it
     WRONG: [f"{WRONG} {SAID}", f"Step 1 is correct. {SAID}"],
     WALK: [f"{WALK} Every step is correct.", f"{ALL} Answer is correct. Every step is correct."],
     SLIP: [f"{SLIP} {SAID_OF_SLIP}", f"{ALL} {SAID_OF_SLIP}"],
-    "It is 9": ["It is 9 Every step is correct.", "Every step is correct."],
+    "It is 9": ["It is 9 There are no tagged steps.", "There are no tagged steps."],
 }
 
 
@@ -254,7 +254,7 @@ def step(tiny_folder, make_config, problems, monkeypatch):
         return model, tokenizer, adapters
 
     def take(ask=SCRIBE, **settings):
-        cfg = make_config(**({"max_grad_norm": 1e9} | settings))
+        cfg = make_config(**({"max_grad_norm": 1e5} | settings))
         model, tokenizer, adapters = student(cfg)
         before = [p.detach().clone() for p in adapters]
         torch.manual_seed(5)
@@ -338,8 +338,10 @@ def test_a_masked_rollout_is_not_in_the_divisor(step, make_config):
 
     moved, rollouts, metrics, (model, _, adapters) = step(half_deaf, condition="critique")
     assert metrics["masked"] == metrics["critic_failed"] == 1 / 4 and not rollouts[0].advantages
-    losses, _ = sd.token_losses(model, rollouts[1:], make_config(condition="critique"))
-    torch.testing.assert_close(moved, gradient_of(losses.mean(), adapters), atol=1e-6, rtol=1e-4)
+    tokens = sum(len(r.completion) for r in rollouts[1:])
+    sd.accumulate_gradients(model, rollouts[1:], tokens, make_config(condition="critique"))
+    gradient = torch.cat([p.grad.flatten() for p in adapters])
+    torch.testing.assert_close(moved, gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("condition", ["critique", "quote", "shuffled", "grpo"])

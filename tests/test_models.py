@@ -81,7 +81,7 @@ def edit_config(folder, **values):
 
 FLAWS = [  # what is done to the folder, what is said
     (without_weight, "lacks weights"),
-    (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
+    (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template is not set"),
     (lambda folder: edit_config(folder, final_logit_softcapping=30.0), "caps or scales its logits"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "cannot load"),
     (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot load"),

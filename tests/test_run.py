@@ -92,7 +92,7 @@ def test_the_optimizer_takes_the_rate_and_no_weight_decay(run, tmp_path):
     """AdamW's first step is the rate in each weight, whatever the gradient, and B starts at 0."""
     run(tmp_path / "run", condition="reference", steps=1, lr=0.01)
     state = state_of(tmp_path / "run")
-    assert state["best_step"] == 0  # a random model never improves
+    assert state["best_avg"] == 0  # a random model never improves: the best is step 0
     for name, after in state["adapters"].items():
         before = state["best_adapters"][name]
         if before.any():
@@ -110,7 +110,7 @@ def test_best_is_the_first_best_step_merged_in_fp32(dtype, run, tmp_path, tiny_f
     run(tmp_path / "run", **settings)
     state, merged = state_of(tmp_path / "run"), load_file(tmp_path / "run" / BEST)
     best = state["best_adapters"]
-    assert (state["step"], state["best_step"], scores) == (4, 1, [])
+    assert (len(state["metrics"]), state["best_avg"], scores) == (5, 5, [])
     for name, adapter in state_of(tmp_path / "one")["adapters"].items():
         assert torch.equal(adapter, best[name])
     assert {weight.dtype for weight in merged.values()} == {torch.float32}
@@ -266,7 +266,7 @@ BAD = {  # flags -> what is said
     "--steps 0": "--steps is 0",
     "--steps many": "invalid int value: 'many'",
     "--lr nan": "--lr is nan",
-    "--condition grpo --group_size 1": "--group_size is 1",
+    "--seed 9999999999": "below a million",
     "--no_such_flag": "--no_such_flag",
     "--device abacus": "abacus",
     "--resume": "cannot resume",
