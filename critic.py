@@ -226,7 +226,10 @@ def is_correct(completion, answer):
 
 
 # ================================================================================ critics
-CACHE = Path("runs/cache")
+def cache_file(kind, identity):
+    """The file that keeps what was computed from the identity, as far as it was."""
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()
+    return Path("runs/cache") / f"{kind}-{key[:32]}.json"
 
 
 @dataclass(frozen=True)
@@ -296,8 +299,7 @@ def cached(answer, identity):
     """A critic from answer(messages) -> (index, text, failure). Keeps each answer in a file."""
 
     def file_of(message):
-        key = hashlib.sha256(json.dumps([identity, message]).encode()).hexdigest()
-        return CACHE / "critic" / f"{key[:32]}.txt"
+        return cache_file("critic", [identity, message])
 
     def ask(rollouts, messages):
         new = [message for message in dict.fromkeys(messages) if not file_of(message).exists()]

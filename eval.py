@@ -16,7 +16,6 @@ Shapes: P problems, S seeds, K kinds of tokens, Q quantities, T tokens of an att
 """
 
 import argparse
-import hashlib
 import html
 import json
 import math
@@ -29,7 +28,6 @@ from pathlib import Path
 from statistics import multimode
 
 import torch
-import transformers
 from tqdm import tqdm
 
 import critic
@@ -105,8 +103,7 @@ def sample(model, tokenizer, problems, prompts, cfg):
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
     for start in tqdm(range(0, len(prompts), cfg.gen_batch), "sampling", leave=False):
         batch = prompts[start : start + cfg.gen_batch]
-        key = repr([identity, settings, start, batch]).encode()
-        file = critic.CACHE / f"eval-{hashlib.sha256(key).hexdigest()[:32]}.json"
+        file = critic.cache_file("eval", [identity, settings, start, batch])
         try:
             completions += json.loads(file.read_text())
         except (OSError, ValueError):  # no file, or a broken one
@@ -330,11 +327,10 @@ def example(names, attempts):
     """One attempt under each context, its tokens coloured by A_t, with the contexts beside it."""
     rows = ""
     for name, a in zip(names, attempts, strict=True):
-        wrong, tokens = first_difference(a.text, a.critique or a.text), ""
+        tokens = ""
         for (start, end), value in zip(pairwise(a.ends), a.advantages, strict=False):
-            tag = "u" if wrong and wrong.start < end <= wrong.end else "span"
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
-            tokens += f"<{tag} {style}>{escape(a.text[start:end])}</{tag}>"
+            tokens += f"<span {style}>{escape(a.text[start:end])}</span>"
         context = escape(a.context or a.critic_failure or "")
         rows += f"<b>{escape(name)}</b><p>{tokens}</p><p>{context}</p>"
     title = f"{a.problem.problem} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
@@ -347,7 +343,7 @@ pre{overflow-x:auto;font-size:.8rem} .chart{width:100%;max-width:36rem;font-size
 text{fill:currentColor} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
 .key{display:inline-block;width:40px;height:10px;margin-left:1rem;stroke-width:2.5}
 .rows{display:grid;grid-template-columns:6rem 3fr 2fr;gap:.6rem 1.2rem}
-.rows p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere} u{text-underline-offset:3px}
+.rows p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 i{background:linear-gradient(90deg,#e0600acc,transparent,#0072b2cc)}
 [style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
 @media(max-width:48rem){.rows{grid-template-columns:1fr;gap:.2rem} .rows b{margin-top:.8rem}}"""
@@ -361,8 +357,8 @@ def page(tables, curves, examples):
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
 <p>The band is from the lowest seed to the highest.</p><h2>Attempts, and what the teacher sees</h2>
 <p>A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
-student, in nats: <i>change it (−5) … keep it (+5)</i>. Point at a token to see its value. The
-first wrong step is underlined.</p>{"".join(examples)}</html>"""
+student, in nats: <i>change it (−5) … keep it (+5)</i>. Point at a token to see its value.</p>
+{"".join(examples)}</html>"""
 
 
 # ================================================================================ command line
@@ -444,9 +440,7 @@ def report(args):
 
 
 def main(argv):
-    sys.stdout.reconfigure(errors="replace")
-    transformers.utils.logging.disable_progress_bar()
-    with sd.one_line_errors("eval.py"):
+    with sd.command_line("eval.py"):
         report(parse_args(argv))
 
 

@@ -678,8 +678,11 @@ def parse_args(argv, defaults):
 
 
 @contextmanager
-def one_line_errors(program):
+def command_line(program):
     """Ends the program with one line and status 2 if the user or the machine is the cause."""
+    sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
@@ -691,10 +694,7 @@ def one_line_errors(program):
 
 
 def main(argv):
-    sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with one_line_errors("sd.py"):
+    with command_line("sd.py"):
         cfg, run = open_run(parse_args(argv, {}), argv)
         print(cfg.condition, *argv)
         train(cfg, run)
