@@ -1,20 +1,22 @@
 """Speed and memory, each as a ratio of two things measured in this one process.
 
-python tests/bench.py            all (some minutes on a CPU, 16 GB of memory)
+python tests/bench.py            step and loss (three minutes on two cores, 12 GB of memory)
 python tests/bench.py step       the training step against its bare parts
 python tests/bench.py loss       the loss in chunks against the loss in one piece
-python tests/bench.py trl        grpo's step against TRL's GRPOTrainer; needs `pip install trl peft`
+python tests/bench.py trl        grpo's step without sampling against TRL's GRPOTrainer;
+                                 needs `pip install trl peft`
 """
 
 import statistics
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,12 +64,13 @@ def peak(function):
     return most - before
 
 
-def network(name):
+def network(name, vocabulary=None):
     """(untrained model, the toy's tokenizer); no end token, so every completion has full length."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(sd.TOY)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 4096}
-    config = Qwen3Config(vocab_size=len(tokenizer), **heads, **SHAPES[name])
+    heads["tie_word_embeddings"] = True
+    config = Qwen3Config(vocab_size=vocabulary or len(tokenizer), **heads, **SHAPES[name])
     model = Qwen3ForCausalLM(config).eval()
     pad = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=[-1], pad_token_id=pad)
@@ -111,32 +114,65 @@ def bench_step():
 
 
 def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):
+    """The real code on a model that is an output layer only: its hidden states are given."""
     torch.manual_seed(0)
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(False)
-    model = type("Head", (), {"get_output_embeddings": lambda self: head})()
-    student, teacher = torch.randn(2, positions, hidden)
-    chunk = sd.Config().chunk
+    model = SimpleNamespace(device="cpu", get_output_embeddings=lambda: head)
+    states = torch.randn(positions, hidden)
+    sd.hidden_states = lambda *_: states.clone().requires_grad_(torch.is_grad_enabled())
+    rollout = sd.Rollout(None, [], [0] * positions, "", 0.0)
 
-    def divergence(student_states, teacher_states):
-        log_probs = [sd.log_probs(model, x, 1.0) for x in (student_states, teacher_states)]
-        return sd.forward_kl(log_probs[0], log_probs[1])
+    def run(chunk):
+        sd.accumulate_gradients(model, [rollout], positions, sd.Config(chunk=chunk))
 
-    def in_chunks():
-        states = student.clone().requires_grad_()
-        pairs = zip(states.split(chunk), teacher.split(chunk), strict=True)
-        losses = [checkpoint(divergence, s, t, use_reentrant=False) for s, t in pairs]
-        torch.cat(losses).sum().backward()
-
-    def in_one_piece():
-        divergence(student.clone().requires_grad_(), teacher).sum().backward()
-
-    memory = peak(in_chunks) / peak(in_one_piece)
-    seconds = clock(in_chunks, in_one_piece, repeats=3)
+    functions = partial(run, sd.Config().chunk), partial(run, positions)
+    memory = peak(functions[0]) / peak(functions[1])
+    seconds = clock(*functions, repeats=1)
     print(f"loss in chunks / in one piece, {positions} positions, {vocabulary:,} tokens:", end=" ")
     print(f"memory {memory:.2f}, time {seconds[0] / seconds[1]:.2f}")
 
 
+def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
+    """50M parameters. Both score and update on the same rollouts.
+
+    TRL's default is to recompute activations in the backward pass; we measure it with and without.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    critic.is_correct = lambda text, answer: len(text) % 2 == 0  # some reward
+    problems = critic.load_problems(sd.TOY)[0][: count // 8]
+    prompts = [[5 + n] * prompt_length for n in range(count // 8) for _ in range(8)]
+    completions = [[5 + (7 * n * t) % 200 for t in range(length)] for n in range(count)]
+    fixed = {"prompt_ids": prompts, "completion_ids": completions, "logprobs": None}
+    for recompute in (True, False):
+        model, tokenizer = network("25M", vocabulary)
+        options = {"per_device_train_batch_size": count, "max_completion_length": length}
+        options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": recompute}
+        options |= {"report_to": "none", "save_strategy": "no", "output_dir": "/tmp/trl"}
+        trainer = GRPOTrainer(
+            model,
+            reward_funcs=lambda completions, **_: [float(len(c) % 2 == 0) for c in completions],
+            args=GRPOConfig(**options, max_steps=1, disable_tqdm=True),
+            train_dataset=Dataset.from_list([{"prompt": p.problem} for p in problems]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"),
+            rollout_func=lambda prompts, trainer: fixed,
+        )
+        model, tokenizer = network("25M", vocabulary)
+        cfg = sd.Config("grpo", micro_batch=count)
+        optimizer = torch.optim.AdamW(sd.add_adapters(model, 64, 128.0), lr=1e-9)
+        sd.encode_chats = lambda tokenizer, messages: prompts
+        sd.generate = lambda *_: completions
+        ours = partial(sd.train_step, model, tokenizer, optimizer, problems, None, cfg)
+        seconds = clock(trainer.train, ours, repeats=3)
+        print(
+            f"TRL / ours, activations recomputed by TRL {recompute}: {seconds[0] / seconds[1]:.2f}"
+        )
+
+
 if __name__ == "__main__":
-    benches = {"step": bench_step, "loss": bench_loss}
+    benches = {"step": bench_step, "loss": bench_loss, "trl": bench_trl}
     for name in sys.argv[1:] or ("step", "loss"):
         benches[name]()
