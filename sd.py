@@ -103,7 +103,7 @@ class Config:
         """Fills in the automatic values."""
         self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
+        self.dtype = self.dtype or ("bfloat16" if "cuda" in self.device else "float32")
         if self.group_size is None:
             self.group_size = 8 if self.condition == "grpo" else 1
         if self.lr is None:
@@ -119,7 +119,6 @@ HELP = "The following may help. Do not mention it, and answer in the format aske
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Write a
 corrected walk through that attempt. Keep the student's steps, words and notation where right.
-
 A. If every step is right, repeat the attempt word for word.
 B. If the answer is right but a step is missing, repeat the attempt and insert the step.
 C. If the attempt is unfinished, repeat its right steps, shortened if they are long, and finish it.
@@ -192,19 +191,16 @@ NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts for which no cr
 
 # ================================================================================ adapters
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer W and a correction of rank r, trained in fp32.
+    """W x + (α/r) B A x: a frozen linear layer W and a correction of rank r, trained in fp32."""
 
-    B starts at zero, so the student starts as the teacher. With `enabled` off the layer is W
-    alone: the teacher, without a second copy of the network.
-    """
-
-    enabled = True  # one switch for all layers: see adapters_off
+    enabled = True  # for all layers. Off: the teacher, without a second copy of the network
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scale = linear, alpha / rank
         outputs, inputs = linear.weight.shape
         self.A = nn.Parameter(linear.weight.new_empty(rank, inputs, dtype=torch.float32))
+        # B starts at zero: the student starts as the teacher
         self.B = nn.Parameter(linear.weight.new_zeros(outputs, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
@@ -308,10 +304,7 @@ def give_context(rollout, tokenizer, cfg):
 
 # ================================================================================ 3, 4. scoring
 def hidden_states(model, prompts, completions):
-    """Last hidden states that predict the completions' tokens: [N, H], one rollout after another.
-
-    The one scorer: the student calls it with its own prompts, the teacher with the context in them.
-    """
+    """Last hidden states that predict the completions' tokens, for student and teacher: [N, H]."""
     sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
     # right-padded; causal attention never sees the padding, so no mask is needed
     ids = pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
@@ -333,7 +326,7 @@ def token_advantages(student, teacher, tokens):
     In nats. Positive: the context says keep this token; negative: change it. It is the advantage
     of reverse KL: −∇ KL(student ‖ teacher) = E_{y_t ~ student} [A_t ∇ log π_θ(y_t)].
     """
-    return (teacher - student).gather(-1, tokens[:, None]).squeeze(-1).detach()
+    return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
 
 # ================================================================================ 6. losses
@@ -358,23 +351,17 @@ DIVERGENCES = {  # of the student's from the teacher's log-probs
 
 
 def policy_gradient_loss(student, tokens, advantages):
-    """−A log π(y_t): [N, V] log-probs, [N] tokens, [N] advantages -> [N].
-
-    One update per batch of rollouts: GRPO's ratio π/π_old is 1, and there is nothing to clip.
-    """
-    return -advantages * student.gather(-1, tokens[:, None]).squeeze(-1)
+    """−A log π(y_t): [N, V] log-probs, [N] tokens, [N] advantages -> [N]."""
+    return -advantages * student.gather(-1, tokens[:, None])[:, 0]
 
 
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
-    """Adds a micro-batch's share to the step's gradient, and returns its share of the loss.
-
-    Holds the one `if` between the conditions. Gives each rollout its advantages.
-    """
+    """Adds a micro-batch's share to the step's gradient, and returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
 
-    if cfg.condition == "grpo":
+    if cfg.condition == "grpo":  # the one `if` between the conditions
         advantages = [r.group_advantage for r in rollouts for _ in r.completion]  # same at every t
         signal = torch.tensor(advantages, device=model.device)  # [N]
 
@@ -413,10 +400,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
 
 # ================================================================================ 7. training step
 def train_step(model, tokenizer, optimizer, problems, ask, cfg):
-    """One update on the problems. Returns the rollouts, with their advantages, and the metrics.
-
-    Raises UserError, with no weight changed, if loss or gradient is not finite.
-    """
+    """One update on the problems. Returns the rollouts, with their advantages, and the metrics."""
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
     if cfg.condition not in NO_CRITIC:
         ask_critic(rollouts, ask, cfg.group_size)
@@ -470,9 +454,9 @@ def paint(text, advantage=0.0):
 
 def show(step, rollout):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
-    grade = "right" if rollout.reward else "wrong"
-    pairs = list(zip(rollout.advantages, rollout.tokens, strict=True))
-    tqdm.write(f"\nstep {step}: {paint(rollout.problem.problem)}, answered {grade}")
+    advantages = rollout.advantages or [0.0] * len(rollout.tokens)  # a masked rollout has none
+    pairs = list(zip(advantages, rollout.tokens, strict=True))
+    tqdm.write(f"\nstep {step}: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     tqdm.write("  attempt: " + " ".join(paint(text, a) for a, text in pairs))
     if rollout.context:
         lowest = [f"{a:.2f} at {paint(text)}" for a, text in sorted(pairs)[:3]]
@@ -619,7 +603,7 @@ def validate(model, tokenizer, optimizer, adapters, problems, run, cfg):
         best = {name: adapter.clone() for name, adapter in adapters.state_dict().items()}
         run |= {"best_avg": avg, "best_adapters": best}
     state = {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_write(Path(cfg.out) / "last.pt") as file:
+    with atomic_write(f"{cfg.out}/last.pt") as file:
         torch.save(run | state | {"settings": vars(cfg)}, file)
 
 
@@ -631,7 +615,7 @@ def train(cfg, run):
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
     first = len(run["metrics"])  # step 0 only validates: the base may be the best
-    if first > 0:
+    if first:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
     batches = draw_batches(train_set, cfg)
@@ -659,7 +643,7 @@ def train(cfg, run):
         if "best_adapters" in run:
             write_logs(run, cfg)  # a resumed run may have no step left
             adapters.load_state_dict(run["best_adapters"])
-            save_merged(model, tokenizer, Path(cfg.out) / "best")
+            save_merged(model, tokenizer, f"{cfg.out}/best")
 
 
 # ================================================================================ command line
