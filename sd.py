@@ -552,7 +552,7 @@ def open_run(cfg, argv):
 def write_logs(run, cfg):
     """Writes what can be read while training: config.json, metrics.jsonl and samples.jsonl."""
     folder = Path(cfg.out)
-    (folder / "config.json").write_text(json.dumps(vars(cfg), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(vars(cfg), indent=2))
     for name in ("metrics", "samples"):
         lines = [json.dumps(row) + "\n" for row in run[name]]
         (folder / f"{name}.jsonl").write_text("".join(lines))
@@ -661,6 +661,9 @@ def parse_args(argv, defaults):
     return cfg
 
 
+NOT_OURS = UserError, OSError, RuntimeError, UnicodeError, SafetensorError, KeyboardInterrupt
+
+
 @contextmanager
 def command_line(program):
     """Ends the program with one line and status 2 if the user or the machine is the cause."""
@@ -669,16 +672,17 @@ def command_line(program):
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
+    except NOT_OURS as error:
         text = " ".join(paint(str(error)).split()) or "interrupted"
         if isinstance(error, RuntimeError) and "memory" not in text:
-            raise  # a bug of ours: torch has no type of its own for a CPU out of memory
+            raise  # a bug of ours; torch has no type for a CPU out of memory
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
 
 
 def main(argv):
     with command_line("sd.py"):
+        "".join(argv).encode()  # the libraries take no path that is not UTF-8
         cfg, run = open_run(parse_args(argv, {}), argv)
         print(cfg.condition, *argv)
         train(cfg, run)
