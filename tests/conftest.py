@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -21,8 +21,7 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)  # tiny models: a second thread only costs
 TOY = ROOT / "tests" / "toy"
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-SHAPE["initializer_range"] = 0.3  # far from uniform predictions
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 # The prompt format of Qwen, with its two ways to begin an answer.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -118,9 +117,18 @@ def run(small, capsys, monkeypatch):
         except SystemExit as stop:
             return stop.code, capsys.readouterr().err
 
-    start.tested = []
-    monkeypatch.setitem(sys.modules, "eval", SimpleNamespace(main=start.tested.append))
+    start.test = Mock()
+    monkeypatch.setitem(sys.modules, "eval", start.test)
     return start
+
+
+def plain_log_probs(model, prompt, completion, temperature):
+    """[T, V], one token after another: no batch, padding or mask."""
+    rows = []
+    for t in range(len(completion)):
+        logits = model(torch.tensor([prompt + completion[:t]])).logits[0, -1]
+        rows.append((logits / temperature).log_softmax(-1))
+    return torch.stack(rows)
 
 
 def read_lines(path):

@@ -9,10 +9,11 @@ import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import byte_tokenizer, flags, save_model
+from conftest import byte_tokenizer, flags, plain_log_probs, save_model
 
 import critic
 import sd
@@ -31,16 +32,14 @@ def attempt_of(text, tokenizer=None, problem=PROBLEM, **more):
 
 
 def test_intervals_against_a_direct_computation():
-    values = torch.rand(40, 3)
-    values[::3, 1] = values[:, 2] = NAN
-    found = ev.intervals(values, ["a", "b", "nothing"])
+    values = torch.rand(40, 2)
+    values[::3, 0] = values[:, 1] = NAN
     drawn = torch.randint(40, (2000, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    for n, name in enumerate("ab"):
-        draws = [values[problems, n].tolist() for problems in [list(range(40)), *drawn]]
-        mean, *means = [statistics.mean(v for v in draw if v == v) for draw in draws]
-        cuts = statistics.quantiles(means, n=40, method="inclusive")
-        assert found.pop(name) == pytest.approx([mean, cuts[0], cuts[-1]], abs=1e-5)
-    assert not found
+    draws = [values[problems, 0].tolist() for problems in [range(40), *drawn]]
+    mean, *means = [statistics.mean(v for v in draw if v == v) for draw in draws]
+    cuts = statistics.quantiles(means, n=40, method="inclusive")
+    expected = {"some": pytest.approx([mean, cuts[0], cuts[-1]], abs=1e-5)}
+    assert ev.intervals(values, ["some", "none"]) == expected
 
 
 def test_pass_maj_and_avg_of_one_problem():
@@ -73,7 +72,7 @@ def test_rows_of_the_table(make_config):
 def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher, tokenizer = tiny
-    cfg = make_config(temperature=0.7, micro_batch=2, chunk=3)
+    cfg = make_config(temperature=0.7, micro_batch=2)
     student, _ = sd.load_model(save_model(tmp_path, tokenizer, seed=1), cfg)
     attempts = [attempt_of(text, tokenizer) for text in (WRONG, RIGHT, "<answer>")]
     attempts[1].critique = None
@@ -81,11 +80,10 @@ def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypat
     assert "grpo" not in readings  # it has no teacher
     assert [bool(a.advantages) for a in readings["critique"]] == [True, False, True]
     for a in readings["reference"] + readings["critique"][::2]:
-        states = sd.hidden_states(teacher, [a.teacher_prompt], [a.completion])
-        told = sd.log_probs(teacher, states, 0.7)
-        own = sd.log_probs(student, sd.hidden_states(student, [[7, 8, 9]], [a.completion]), 0.7)
-        expected = sd.token_advantages(own, told, torch.tensor(a.completion))
-        torch.testing.assert_close(torch.tensor(a.advantages), expected, atol=1e-4, rtol=1e-4)
+        told = plain_log_probs(teacher, a.teacher_prompt, a.completion, 0.7)
+        own = plain_log_probs(student, [7, 8, 9], a.completion, 0.7)
+        expected = (told - own)[range(len(a.completion)), a.completion].tolist()
+        assert a.advantages == pytest.approx(expected, abs=1e-4)
     [attempts[0].prompt] = sd.encode_chats(tokenizer, [sd.solver_message(PROBLEM)])
     readings = ev.read_contexts(attempts[:1], student, student, tokenizer, cfg)
     assert set(readings["empty"][0].advantages) == {0} and any(readings["critique"][0].advantages)
@@ -130,16 +128,16 @@ def test_quantities_by_hand():
 
 def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    generate, calls, (model, tokenizer) = sd.generate, [], tiny
-    monkeypatch.setattr(sd, "generate", lambda *a, **more: calls.append(1) or generate(*a, **more))
+    generate, (model, tokenizer) = Mock(wraps=sd.generate), tiny
+    monkeypatch.setattr(sd, "generate", generate)
 
-    def sampled(answer="11", k=2, **settings):
-        calls.clear()
-        problems, cfg = [Problem(text, "", answer) for text in "23"], make_config(**settings)
-        attempts = ev.sample_attempts(model, tokenizer, problems, k, cfg)
+    def sampled(answer="11", **settings):
+        generate.reset_mock()
+        problems = [Problem(text, "", answer) for text in "23"]
+        attempts = ev.sample_attempts(model, tokenizer, problems, 2, make_config(**settings))
         for a in attempts:
             assert [a.prompt] == sd.encode_chats(tokenizer, [sd.solver_message(a.problem)])
-        return len(calls), [a.completion for a in attempts], [a.reward for a in attempts]
+        return generate.call_count, [a.completion for a in attempts], [a.reward for a in attempts]
 
     first = sampled()
     assert first[0] == 1 and sampled() == (0, *first[1:]) and len(first[1]) == 4
@@ -149,12 +147,24 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
     texts = tokenizer.batch_decode(first[1], skip_special_tokens=True)
     monkeypatch.setattr(critic, "is_correct", lambda text, answer: text == answer)
     assert sampled(answer=texts[0]) == (0, first[1], [text == texts[0] for text in texts])
-    for change in {"seed": 3}, {"temperature": 0.5}, {"max_new_tokens": 5}, {"gen_batch": 3}:
+    for change in {"seed": 3}, {"temperature": 0.5}, {"max_new_tokens": 5}, {"gen_batch": 2}:
         assert sampled(**change)[0] >= 1 and sampled(**change)[0] == 0
+    assert sampled(gen_batch=2)[1][:2] != sampled(gen_batch=2)[1][2:]  # every batch draws anew
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert sampled()[0] == 1 and sampled()[0] == 0
     model.lm_head.weight.data[70] += 0.5
     assert sampled()[0] == 1
+
+
+def test_an_interrupt_keeps_the_batches_sampled_before(tiny, make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generate = Mock(side_effect=[[[5]], KeyboardInterrupt, [[6]], [[7]]])
+    monkeypatch.setattr(sd, "generate", generate)
+    cfg = make_config(gen_batch=1)
+    with pytest.raises(KeyboardInterrupt):
+        ev.sample_attempts(*tiny, [PROBLEM], 3, cfg)
+    attempts = ev.sample_attempts(*tiny, [PROBLEM], 3, cfg)
+    assert [a.completion for a in attempts] == [[5], [6], [7]] and generate.call_count == 4
 
 
 def test_what_a_model_wrote_cannot_change_the_page(make_config):
@@ -223,14 +233,11 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
 BAD = """: a run or a model
 runs/nix: there are: runs/broken, runs/c, runs/c-1, runs/g
 runs/broken: config.json or metrics.jsonl is broken
-runs/c --k 0: --k
 runs/c --temperature 0: --temperature
 runs/c --data empty.jsonl: no problems
 runs/c --html runs: regular file
 runs/c --json fifo: regular file
 runs/c --json nowhere/n.json: folder
-runs/c --data data.jsonl --keep-band 0.1 0.2: --out
-runs/c --data data.jsonl --keep-band 0.1 0.2 --out x runs/g: one model
 runs/c --data data.jsonl --keep-band 0.3 0.2 --out x: LOW <= HIGH
 runs/c --data data.jsonl --keep-band 0.1 0.2 --out runs/../data.jsonl: --data"""
 
