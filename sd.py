@@ -155,7 +155,7 @@ class Rollout:
     completion: list[int]  # T token ids as sampled, end token included; never re-tokenised
     text: str  # the completion, decoded; special tokens left out
     reward: float  # 1 right, 0 wrong
-    tokens: list[str] = ()  # the text of each token
+    tokens: list[str] = ()  # the text of each token, if the rollout is logged
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected walk; None if it failed
     critic_failure: str = ""  # why there is no critique
@@ -266,10 +266,8 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         text = tokenizer.decode(completion, skip_special_tokens=True)
-        tokens = tokenizer.batch_decode([[token] for token in completion])
         reward = float(critic.is_correct(text, problem.answer))
-        graded = {"text": text, "tokens": tokens, "reward": reward}
-        rollouts.append(Rollout(problem, prompt, completion, **graded))
+        rollouts.append(Rollout(problem, prompt, completion, text=text, reward=reward))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
     advantages = group_advantages(rewards).flatten().tolist()
     for rollout, advantage in zip(rollouts, advantages, strict=True):
@@ -629,7 +627,9 @@ def train(cfg, run):
                 rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
                 row |= metrics | rollout_metrics(rollouts)
                 rollouts.sort(key=lambda r: r.reward)  # wrong attempts first
-                run["samples"] += [{"step": step} | asdict(r) for r in rollouts[:3]]
+                for rollout in rollouts[:3]:
+                    rollout.tokens = tokenizer.batch_decode([[t] for t in rollout.completion])
+                    run["samples"].append({"step": step} | asdict(rollout))
                 if step == 1:
                     show(step, rollouts[0])
                 bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
