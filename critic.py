@@ -268,14 +268,13 @@ def server_critic(cfg):
     client = InferenceClient(base_url=cfg.critic, api_key=key, timeout=600)  # seconds without data
     options = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
 
-    def ask_server(numbered):
-        n, message = numbered
+    def ask_server(message):
         for pause in (1, 2, 4, 8, 16, None):  # seconds before the next try
             try:
                 chat = client.chat_completion([{"role": "user", "content": message}], **options)
                 choice = chat.choices[0]
                 cut_off = choice.finish_reason == "length"
-                return n, choice.message.content, "cut off" if cut_off else ""
+                return choice.message.content, "cut off" if cut_off else ""
             except Exception as error:  # transport, protocol and format errors of several libraries
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", 0)
@@ -284,31 +283,32 @@ def server_critic(cfg):
             if status in (401, 403):
                 raise UserError(f"{cfg.critic} refuses the key ({failure}): set CRITIC_API_KEY")
             if malformed or pause is None or (400 <= status < 500 and status not in (408, 429)):
-                return n, "", failure
+                return "", failure
             wanted = response.headers.get("Retry-After", "") if status else ""
             time.sleep(min(int(wanted), 60) if wanted.isdigit() else pause)
 
     def answer(messages):
         with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
-            yield from pool.imap_unordered(ask_server, enumerate(messages))
+            yield from pool.imap(ask_server, messages)
 
     return cached(answer, [cfg.critic, cfg.critic_model, cfg.critic_max_tokens])
 
 
 def cached(answer, identity):
-    """A critic from answer(messages) -> (index, text, failure). Keeps each answer in a file."""
+    """A critic from answer(messages), which yields (text, failure). Keeps each text in a file."""
 
     def file_of(message):
         return cache_file("critic", [identity, message])
 
     def ask(rollouts, messages):
         new = [message for message in dict.fromkeys(messages) if not file_of(message).exists()]
+        answers = tqdm(answer(new), "critic", len(new), leave=False, disable=not new)
         failures = {}
-        for n, text, failure in tqdm(answer(new), "critic", len(new), leave=False, disable=not new):
+        for message, (text, failure) in zip(new, answers, strict=True):
             if failure or not text:
-                failures[new[n]] = Critique(None, failure or "empty answer")
+                failures[message] = Critique(None, failure or "empty answer")
                 continue
-            with atomic_write(file_of(new[n])) as file:
+            with atomic_write(file_of(message)) as file:
                 file.write(text.encode("utf-8", "replace"))
         if messages and set(failures) == set(messages):
             raise UserError(f"the critic answers nothing: {failures[messages[0]].failure}")

@@ -1,31 +1,36 @@
 """Self-distillation from feedback, in one file.
 
-The student writes an attempt. The teacher is the model that training started from, with a
-*context* in its prompt; it scores every token of that attempt. After *The Role of Feedback
-Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173), one thing varies: the context.
+    python sd.py --condition reference --seed 1
+    python sd.py --condition critique --resume
+    python sd.py --model Qwen/Qwen3-0.6B --data problems.jsonl --critic http://localhost:8000/v1
+
+The student writes an attempt at a problem. The teacher is the model that training started from,
+with a *context* in its prompt. It scores every token of that attempt, and the student moves towards
+it. After *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173).
+The conditions differ in the context, and grpo in its loss:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
-    reference   a reference solution: another derivation of the right answer
-    critique    the student's own attempt with its first error corrected, by a frozen critic
+    reference   context: a reference solution, another derivation of the right answer
+    critique    context: the student's own attempt with its errors corrected, by a frozen critic
 
-One training step, and the function that takes it:
+The parts of a training step, and their functions:
 
-    1. rollout      y ~ π_θ(· | x), with its reward                                sample_rollouts
-    2. context      c = CONTEXTS[condition](rollout)                      ask_critic, give_context
-    3. student      log π_θ(· | x, y_<t) at every completion token t      hidden_states, log_probs
-    4. teacher      log π_0(· | x, c, y_<t), adapters off, no gradient                    the same
-    5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)      token_advantages
-                    how much the context favours token t; logged, not trained on
-    6. loss         KL(teacher_t ‖ student_t) at every token                                    kl
-       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r       policy_gradient_loss
-                    either one averaged over all tokens of the step
-    7. update       one AdamW step on the LoRA adapters                                 train_step
+    1. rollout      y ~ π_θ(· | x), graded right or wrong                         sample_rollouts
+    2. context      c = CONTEXTS[condition](rollout)                     ask_critic, give_context
+    3. student      log π_θ(· | x, y_<t) at every completion token t     hidden_states, log_probs
+    4. teacher      log π_0(· | x, c, y_<t): adapters off, no gradient   the same two
+    5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)     token_advantages
+                    how much the context favours token t; logged, not in the loss
+    6. loss         KL(teacher_t ‖ student_t) at every token                                   kl
+       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r         group_advantages
+                    averaged over all tokens that the step trains on         accumulate_gradients
+    7. update       one AdamW step on the LoRA adapters                                train_step
 
 The lesson ends with `train_step`; loading, checkpoints and the command line follow. Left out: ratio
-clipping (one update per batch: the ratio is 1), KL penalty, learning-rate schedule, several GPUs.
+clipping, a KL penalty, a learning-rate schedule, several GPUs.
 
-Shapes: B rollouts of a micro-batch, each with P prompt and T completion tokens; L = max(P + T);
-N completion tokens of all B without padding, n of a chunk; H hidden size; V vocabulary size.
+Shapes: B sequences, each with P prompt and T completion tokens; L = max(P + T); N completion tokens
+of a micro-batch, without padding, n of them in a chunk; H hidden size; V vocabulary size.
 """
 
 import argparse
@@ -49,72 +54,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import critic
-from critic import Problem, UserError, atomic_write, correction, first_difference, parse_steps
+from critic import UserError, atomic_write, correction, first_difference, is_correct, parse_steps
 
 TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems and critic
 
-# The best of a grid on the toy's validation problems. Other contexts take critique's.
-LEARNING_RATES = {"grpo": 5e-4, "reference": 4e-3, "critique": 4e-3}
-LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of other models
-
-
-# ================================================================================ config
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Config:
-    """Every setting. The command line is generated from this class. None means automatic."""
-
-    condition: str = setting("critique", "what the teacher sees: a name in CONTEXTS")
-    seed: int = setting(0, "seeds adapters, problem order and sampling")
-    out: str | None = setting(None, "folder of the run; automatic: runs/CONDITION[-SEED]")
-    resume: bool = setting(False, "continue the run in its folder from the last checkpoint")
-    # model, data, critic
-    model: str = setting(str(TOY), "solver: folder or hub id of a chat model")
-    data: str = setting(str(TOY), "JSONL file, or folder with train, val and test.jsonl")
-    critic: str = setting(f"{TOY}/scribe.py", "a rule's .py file, folder, hub id or http://…/v1")
-    critic_model: str | None = setting(None, "model name on the critic's server")
-    critic_max_tokens: int = setting(4096, "longest critique, thinking included, in tokens")
-    critic_batch: int = setting(8, "critiques at once: batch size, or parallel requests")
-    device: str | None = setting(None, "automatic: cuda if there is one, else cpu")
-    dtype: str | None = setting(None, "frozen weights; automatic: bfloat16 on cuda, else float32")
-    # method
-    teacher_thinking: bool = setting(False, "enable_thinking in the teacher's prompt")
-    steps: int = setting(70, "training steps")
-    problems_per_step: int = setting(32, "problems in a training step")
-    group_size: int | None = setting(None, "rollouts of each problem; automatic: 8 in grpo, else 1")
-    lr: float | None = setting(None, "learning rate; automatic: the condition's own")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "the loss")
-    temperature: float = setting(1.0, "of sampling; scoring uses it too")
-    max_new_tokens: int = setting(64, "longest completion, in tokens")
-    lora_rank: int = setting(64, "rank of the adapters")
-    lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    # memory: gen_batch changes the random draws; the others change only rounding
-    gen_batch: int = setting(512, "rollouts sampled at once")
-    micro_batch: int = setting(64, "rollouts scored at once")
-    chunk: int = setting(256, "completion tokens whose logits are held at once")
-    eval_every: int = setting(10, "steps between validations")
-    val_samples: int = setting(8, "samples of each validation problem")
-
-    def __post_init__(self):
-        """Fills in the automatic values."""
-        self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = self.dtype or ("bfloat16" if "cuda" in self.device else "float32")
-        if self.group_size is None:
-            self.group_size = 8 if self.condition == "grpo" else 1
-        if self.lr is None:
-            self.lr = LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
-
 
 # ================================================================================ prompts
-SOLVE = (
-    "Solve the problem step by step. Write each step in tags of its own, <step_1>...</step_1>, "
-    "<step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."
-)
+SOLVE = """\
+Solve the problem step by step. Write each step in tags of its own, <step_1>...</step_1>, \
+<step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Write a
@@ -141,40 +89,42 @@ def solver_message(problem, context=None):
 
 
 def encode_chats(tokenizer, messages, thinking=False):
-    """B messages -> B lists of P ids: chat prompts. A spelled-out <|im_start|> stays plain text."""
+    """Chat prompts: B messages -> a list of P token ids for each."""
+    # sanitize_control_tokens: transformers encodes an <|im_start|> in a message as plain text
     chats = [[{"role": "user", "content": message}] for message in messages]
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     return tokenizer.apply_chat_template(chats, enable_thinking=thinking, **options)
 
 
-# ================================================================================ contexts
+# ================================================================================ conditions
 @dataclass
 class Rollout:
-    problem: Problem  # .problem, .solution (the reference) and .answer, all texts
+    problem: critic.Problem  # .problem, .solution (the reference) and .answer, all texts
     prompt: list[int]  # P token ids
     completion: list[int]  # T token ids as sampled, end token included; never re-tokenised
     text: str  # the completion, decoded; special tokens left out
     reward: float  # 1 right, 0 wrong
-    tokens: list[str] = ()  # the text of each token, if the rollout is logged
     group_advantage: float = 0.0  # A_i, used by grpo alone
-    critique: str | None = None  # the critic's corrected walk; None if it failed
+    critique: str | None = None  # the critic's corrected attempt; None if the critic failed
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees beside the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher; only grpo trains on it
-    advantages: list[float] = ()  # of each token: A_t; in grpo A_i
+    teacher_prompt: list[int] | None = None  # None: no teacher; trained on in grpo only
+    advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
+    tokens: list[str] = ()  # logged: the text of each token
 
 
 def omit(r):
-    """A verdict on each step up to the first wrong one, then its correction; nothing quoted."""
-    wrong = first_difference(r.text, r.critique)
-    right = [s for s in parse_steps(r.text) if wrong is None or s.start < wrong.start]
+    """A verdict on each step before the first wrong one, and its correction; nothing quoted."""
+    wrong = first_difference(r.text, r.critique)  # a Step, or None
+    right = [step for step in parse_steps(r.text) if wrong is None or step.start < wrong.start]
     verdicts = [f"{step.title} is correct." for step in right]
-    return " ".join(verdicts + [correction(r.text, r.critique)])
+    return " ".join([*verdicts, correction(r.text, r.critique)])
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a text, "" for nothing, or
-# None for "no teacher here". A new design is one function and one entry; its key is a --condition.
+# None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
+# `correction` says "Step 2 is wrong. Correct: <step_2>...</step_2>", or that every step is correct.
 CONTEXTS = {
     "grpo": lambda r: None,
     "reference": lambda r: r.problem.solution,
@@ -184,16 +134,89 @@ CONTEXTS = {
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",
+    "empty": lambda r: "",  # the teacher is the base itself: training moves nothing
 }
-NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts for which no critic is asked
+NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
+
+# The best of a grid on the toy's validation problems. Other conditions use critique's rate.
+LEARNING_RATES = {"grpo": 5e-4, "reference": 4e-3, "critique": 4e-3}
+
+
+# ================================================================================ settings
+def setting(default, help):
+    shown = "" if default is None else f" [{default}]"
+    return field(default=default, metadata={"help": help + shown})
+
+
+@dataclass
+class Everyday:
+    condition: Literal[tuple(CONTEXTS)] = setting("critique", "what the teacher sees")
+    seed: int = setting(0, "seeds adapters, problem order and sampling")
+    out: str | None = setting(None, "folder of the run; automatic: runs/CONDITION[-SEED]")
+    resume: bool = setting(False, "continue the run in --out from its last checkpoint")
+
+
+@dataclass
+class OwnModel:
+    _argument_group_name = "your own model, data and critic"
+    model: str = setting(str(TOY), "solver: folder or hub id of a chat model")
+    data: str = setting(str(TOY), "JSONL file, or folder with train, val and test.jsonl")
+    critic: str = setting(f"{TOY}/scribe.py", "a rule's .py file, a model, or http://.../v1")
+    critic_model: str | None = setting(None, "model name on the critic's server")
+    critic_max_tokens: int = setting(4096, "longest critique in tokens, thinking included")
+    device: str | None = setting(None, "automatic: cuda if there is one, else cpu")
+    dtype: str | None = setting(
+        None, "of frozen weights; automatic: bfloat16 on cuda, else float32"
+    )
+
+
+@dataclass
+class Method:
+    _argument_group_name = "method"
+    teacher_thinking: bool = setting(False, "enable_thinking in the teacher's prompt")
+    steps: int = setting(70, "training steps")
+    problems_per_step: int = setting(32, "problems in a training step")
+    group_size: int | None = setting(None, "rollouts of each problem; automatic: 8 in grpo, else 1")
+    lr: float | None = setting(None, "learning rate; automatic: the condition's own")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "not in grpo")
+    temperature: float = setting(1.0, "sampling temperature, also used for scoring")
+    max_new_tokens: int = setting(64, "longest completion in tokens")
+    lora_rank: int = setting(64, "rank of the adapters")
+    lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    eval_every: int = setting(10, "steps between validations")
+    val_samples: int = setting(8, "samples of each validation problem")
+
+
+@dataclass
+class Memory:
+    _argument_group_name = "memory (gen_batch changes the random draws, the others only rounding)"
+    gen_batch: int = setting(512, "rollouts sampled at once")
+    micro_batch: int = setting(64, "rollouts scored at once")
+    chunk: int = setting(256, "completion tokens whose logits are held at once")
+    critic_batch: int = setting(8, "critiques generated at once: batch size or parallel requests")
+
+
+@dataclass
+class Config(Memory, Method, OwnModel, Everyday):
+    """Every setting. The command line is generated from these classes."""
+
+    def __post_init__(self):
+        """Fills in the automatic values."""
+        self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = self.dtype or ("bfloat16" if "cuda" in self.device else "float32")
+        if self.group_size is None:
+            self.group_size = 8 if self.condition == "grpo" else 1
+        if self.lr is None:
+            self.lr = LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
 
 
 # ================================================================================ adapters
 class LoRALinear(nn.Module):
     """W x + (α/r) B A x: a frozen linear layer W and a correction of rank r, trained in fp32."""
 
-    enabled = True  # for all layers. Off: the teacher, without a second copy of the network
+    enabled = True  # one switch for all layers. Off: the teacher, without a second network
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -232,7 +255,7 @@ def adapters_off():
 
 # ================================================================================ 1. rollouts
 def group_advantages(rewards):
-    """GRPO's A_i = (r_i − mean r) / std r: [problems, G] -> the same; 0 where all r_i agree."""
+    """GRPO's A_i = (r_i − mean r) / std r: [problems, G] -> same shape; 0 where all r_i agree."""
     centred = rewards - rewards.mean(-1, keepdim=True)
     std = rewards.std(-1, correction=0, keepdim=True)  # population std: divides by G
     return torch.where(std > 0, centred / std, 0.0)
@@ -242,9 +265,10 @@ def group_advantages(rewards):
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
     """One completion of each prompt, up to and including the first end token: B lists of T ids.
 
-    Samples what is scored later: temperature alone, no top-k or top-p. Temperature 0 is greedy.
+    Samples from the distribution that is scored later: temperature alone, no top-k or top-p.
+    Temperature 0 is greedy.
     """
-    completions, ends = [], model.generation_config.eos_token_id
+    completions, end_ids = [], model.generation_config.eos_token_id  # a list: see load_model
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     for start in range(0, len(prompts), batch_size):
         batch = {"input_ids": prompts[start : start + batch_size]}
@@ -252,46 +276,54 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             # Cut at the first end token. Stripping padding would drop it where pad = end.
-            length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+            length = next((t + 1 for t, token in enumerate(row) if token in end_ids), len(row))
             completions.append(row[:length])
     return completions
 
 
 def sample_rollouts(model, tokenizer, problems, group_size, cfg):
-    """group_size graded rollouts of each problem, the first problem's first."""
+    """group_size graded rollouts of each problem, grouped by problem."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = encode_chats(tokenizer, [solver_message(p) for p in problems])
-    sampling = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature]
-    completions = generate(model, tokenizer, prompts, *sampling)
+    settings = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature]
+    completions = generate(model, tokenizer, prompts, *settings)
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         text = tokenizer.decode(completion, skip_special_tokens=True)
-        reward = float(critic.is_correct(text, problem.answer))
+        reward = float(is_correct(text, problem.answer))
         rollouts.append(Rollout(problem, prompt, completion, text=text, reward=reward))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
-    advantages = group_advantages(rewards).flatten().tolist()
-    for rollout, advantage in zip(rollouts, advantages, strict=True):
-        rollout.group_advantage = advantage
+    for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten(), strict=True):
+        rollout.group_advantage = advantage.item()
     return rollouts
 
 
 # ================================================================================ 2. contexts
 def ask_critic(rollouts, ask, group_size):
-    """Gives each rollout a critique, or why it has none, and another problem's critique."""
+    """Gives each rollout a critique, or the reason it has none, and another problem's critique.
+
+    ask(rollouts, messages) returns a critic.Critique, (text, failure), of each rollout. A rule
+    reads the rollouts, a language model the messages: see open_critic.
+    """
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.critic_failure = critique.text, critique.failure
-    shifted = rollouts[-group_size:] + rollouts[:-group_size]
+    shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
     for rollout, other in zip(rollouts, shifted, strict=True):
         if other.problem != rollout.problem:
             rollout.other_critique = other.critique
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Gives a rollout its context and teacher prompt, if it has a critique and they fit."""
+    """Sets context and teacher prompt, unless a needed critique is missing or the room is."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
-    context = CONTEXTS[cfg.condition](rollout)
+    try:
+        context = CONTEXTS[cfg.condition](rollout)
+    except Exception as error:
+        line = CONTEXTS[cfg.condition].__code__.co_firstlineno
+        error.add_note(f"raised by the context {cfg.condition}, line {line} of sd.py")
+        raise
     if context is None:
         return
     message = solver_message(rollout.problem, context)
@@ -313,13 +345,16 @@ def hidden_states(model, prompts, completions):
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature: [N, H] -> [N, V], in fp32."""
+    """log π at the sampling temperature: [n, H] -> [n, V], in fp32.
+
+    The output layer is frozen and has no adapter: student and teacher share it.
+    """
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
 # ================================================================================ 5. advantages
 def token_advantages(student, teacher, tokens):
-    """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [N, V], [N, V], [N] -> [N].
+    """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
     In nats. Positive: the context says keep this token; negative: change it. It is the advantage
     of reverse KL: −∇ KL(student ‖ teacher) = E_{y_t ~ student} [A_t ∇ log π_θ(y_t)].
@@ -328,11 +363,12 @@ def token_advantages(student, teacher, tokens):
 
 
 # ================================================================================ 6. losses
-def kl(p, q):
-    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v) of log-probs: [N, V], [N, V] -> [N], in nats."""
-    # The last two terms sum to zero. They make the gradient exactly zero where p = q; without them
+def kl(log_p, log_q):
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): log-probs [n, V], [n, V] -> [n], in nats."""
+    p, q = log_p.exp(), log_q.exp()
+    # The terms q − p sum to zero. They make the gradient exactly zero where p = q; without them
     # AdamW scales rounding errors of 1e-8 up to full steps.
-    return (p.exp() * (p - q) + q.exp() - p.exp()).sum(-1)
+    return (p * (log_p - log_q) + q - p).sum(-1)
 
 
 def jsd(student, teacher):
@@ -341,58 +377,46 @@ def jsd(student, teacher):
     return (kl(teacher, mixture) + kl(student, mixture)) / 2
 
 
-DIVERGENCES = {  # of the student's from the teacher's log-probs
+DIVERGENCES = {  # D(student, teacher): log-probs [n, V], [n, V] -> [n]
     "forward_kl": lambda student, teacher: kl(teacher, student),  # the paper's D
     "reverse_kl": lambda student, teacher: kl(student, teacher),
     "jsd": jsd,
 }
 
 
-def policy_gradient_loss(student, tokens, advantages):
-    """−A log π(y_t): [N, V] log-probs, [N] tokens, [N] advantages -> [N]."""
-    return -advantages * student.gather(-1, tokens[:, None])[:, 0]
-
-
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
-    """Adds a micro-batch's share to the step's gradient, and returns its share of the loss."""
+    """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
+    # A_i at every token; where there is a teacher, A_t takes its place
+    advantages = [r.group_advantage for r in rollouts for _ in r.completion]
+    advantages = torch.tensor(advantages, device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
-
-    if cfg.condition == "grpo":  # the one `if` between the conditions
-        advantages = [r.group_advantage for r in rollouts for _ in r.completion]  # same at every t
-        signal = torch.tensor(advantages, device=model.device)  # [N]
-
-        def chunk_losses(tokens, student_states, advantages):
-            student = log_probs(model, student_states, cfg.temperature)  # [n, V]
-            return policy_gradient_loss(student, tokens, advantages), advantages
-
-    else:
+    if cfg.condition != "grpo":
         with torch.no_grad(), adapters_off():
             prompts = [r.teacher_prompt for r in rollouts]
-            signal = hidden_states(model, prompts, completions)  # [N, H]
+            teacher_states = hidden_states(model, prompts, completions)  # [N, H]
 
-        def chunk_losses(tokens, student_states, teacher_states):
-            student = log_probs(model, student_states, cfg.temperature)  # [n, V]
-            # the output layer is frozen and has no adapter: it serves both
-            teacher = log_probs(model, teacher_states, cfg.temperature)  # [n, V]
-            divergence = DIVERGENCES[cfg.divergence](student, teacher)
-            return divergence, token_advantages(student, teacher, tokens)
-
-    # The logits of all N tokens would not fit in memory. So backward goes from each chunk's loss
-    # to its hidden states, freeing its logits, and then once from there through the network.
-    leaves = student_states.detach().requires_grad_()
-    loss, advantages = 0.0, []
-    chunks = [x.split(cfg.chunk) for x in (tokens, leaves, signal)]
-    for chunk in zip(*chunks, strict=True):
-        losses, values = chunk_losses(*chunk)  # [n], [n]
+    # The logits of all N tokens would not fit in memory. So backward goes first from each chunk's
+    # loss to its hidden states, and then once from all hidden states through the network.
+    leaves, loss = student_states.detach().requires_grad_(), 0.0
+    for start in range(0, len(tokens), cfg.chunk):
+        chunk = slice(start, start + cfg.chunk)
+        student = log_probs(model, leaves[chunk], cfg.temperature)  # [n, V]
+        if cfg.condition == "grpo":
+            # one update per batch of rollouts: the importance ratio is 1, with nothing to clip
+            losses = -advantages[chunk] * student.gather(-1, tokens[chunk, None])[:, 0]  # [n]
+        else:
+            teacher = log_probs(model, teacher_states[chunk], cfg.temperature)  # [n, V]
+            losses = DIVERGENCES[cfg.divergence](student, teacher)  # [n]
+            advantages[chunk] = token_advantages(student, teacher, tokens[chunk])
         (losses.sum() / step_tokens).backward()
         loss += losses.sum().item() / step_tokens
-        advantages += values.tolist()
     student_states.backward(leaves.grad)
-    for rollout in rollouts:
-        length = len(rollout.completion)
-        rollout.advantages, advantages = advantages[:length], advantages[length:]
+
+    of_rollouts = advantages.split([len(c) for c in completions])
+    for rollout, values in zip(rollouts, of_rollouts, strict=True):
+        rollout.advantages = values.tolist()
     return loss
 
 
@@ -407,17 +431,17 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     trained = [r for r in rollouts if cfg.condition == "grpo" or r.teacher_prompt is not None]
 
     # A mean over all tokens of the step: the gradient does not depend on micro_batch.
-    tokens = sum(len(r.completion) for r in trained)
+    step_tokens = sum(len(r.completion) for r in trained)
     loss = 0.0
     for start in range(0, len(trained), cfg.micro_batch):
         batch = trained[start : start + cfg.micro_batch]
-        loss += accumulate_gradients(model, batch, tokens, cfg)
+        loss += accumulate_gradients(model, batch, step_tokens, cfg)
 
     adapters = optimizer.param_groups[0]["params"]
     grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item()
     if not math.isfinite(loss + grad_norm):
         raise UserError(f"loss {loss}, gradient norm {grad_norm}: stopped; try a lower --lr")
-    optimizer.step()  # with no rollout to train on there is no gradient, and no weight changes
+    optimizer.step()  # with no rollout to train on there is no gradient, so the weights stay
     optimizer.zero_grad()
     return rollouts, {"loss": loss, "grad_norm": grad_norm}
 
@@ -430,7 +454,7 @@ def mean(values):
 
 
 def rollout_metrics(rollouts):
-    """Means over a step's rollouts; of the advantages, over tokens."""
+    """Means over a step's rollouts; advantages are averaged over tokens."""
     advantages = [a for r in rollouts for a in r.advantages]
     return {
         "reward": mean(r.reward for r in rollouts),
@@ -450,16 +474,22 @@ def paint(text, advantage=0.0):
     return f"\x1b[97;48;5;{25 if advantage > 0 else 166}m{text}\x1b[0m"
 
 
-def show(step, rollout):
+def show(rollout, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
-    advantages = rollout.advantages or [0.0] * len(rollout.tokens)  # a masked rollout has none
-    pairs = list(zip(advantages, rollout.tokens, strict=True))
-    tqdm.write(f"\nstep {step}: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
-    tqdm.write("  attempt: " + " ".join(paint(text, a) for a, text in pairs))
-    if rollout.context:
-        lowest = [f"{a:.2f} at {paint(text)}" for a, text in sorted(pairs)[:3]]
-        tqdm.write(f"  teacher sees: {paint(rollout.context)}")
-        tqdm.write(f"  lowest A_t: {', '.join(lowest)}")
+    tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
+    if not rollout.context:  # no teacher, so no A_t
+        tqdm.write(f"attempt: {paint(rollout.text)}")
+        return
+    pairs = list(zip(rollout.advantages, rollout.tokens, strict=True))
+    lowest = [f"{advantage:.2f} at {paint(text)}" for advantage, text in sorted(pairs)[:3]]
+    tqdm.write("attempt: " + " ".join(paint(text, advantage) for advantage, text in pairs))
+    tqdm.write(f"teacher sees: {paint(rollout.context)}")
+    tqdm.write(f"A_t says {paint('change it', -9)} or {paint('keep it', 9)}: {', '.join(lowest)}")
+    words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
+    if words:
+        tqdm.write(
+            f"WARNING: the model cannot read these words of the context: {paint(str(words))}"
+        )
 
 
 # ================================================================================ model and critic
@@ -471,31 +501,32 @@ def load_model(name, cfg):
         options = {"dtype": cfg.dtype, "trust_remote_code": False, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
         model.to(cfg.device).eval()  # eval: no dropout
-    except Exception as error:  # the libraries raise many types
+    except Exception as error:  # the libraries raise many exception types
         raise UserError(f"cannot load the model {name}: {error}") from None
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    end_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    scales = {getattr(model.config, scale, None) for scale in LOGIT_SCALES}
+    scales = "final_logit_softcapping", "logit_scale", "logits_scaling"  # as in Gemma 2, Cohere
     flaws = {
         "lacks weights": info["missing_keys"],
         "has weights that are not finite": not all(p.isfinite().all() for p in model.parameters()),
-        "has no end token in its vocabulary": not set(ends) <= set(vocabulary),
-        "caps or scales its logits": scales - {None, 1.0},
+        "has no end token in its vocabulary": not set(end_ids) <= set(vocabulary),
+        "caps or scales its logits": {getattr(model.config, s, None) for s in scales} - {None, 1.0},
         "is recurrent": model._is_stateful,
     }
-    for flaw in filter(flaws.get, flaws):
-        raise UserError(f"the model {name} {flaw}: not supported")
+    for flaw, found in flaws.items():
+        if found:
+            raise UserError(f"the model {name} {flaw}: not supported")
     if tokenizer.pad_token_id not in vocabulary:
-        tokenizer.pad_token_id = ends[0]
+        tokenizer.pad_token_id = end_ids[0]
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", 10**9)
     # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
+    model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
     return model, tokenizer
 
 
 def fingerprint(model):
-    """Changes with any weight of the model."""
+    """Hashes that change if any weight does. Taken before adapters are added."""
     return [torch.hash_tensor(p).item() for p in model.parameters()]
 
 
@@ -510,14 +541,15 @@ def open_critic(cfg, model, tokenizer):
     limit = cfg.critic_max_tokens
 
     def answer(messages):
+        """Yields (text, failure) of each message's answer."""
         prompts = encode_chats(tokenizer, messages)
-        with adapters_off():  # a solver that is its own critic: its base weights
+        with adapters_off():  # a solver that is its own critic uses its base weights
             completions = generate(model, tokenizer, prompts, cfg.critic_batch, limit, 0)
-        for n, completion in enumerate(completions):
+        for prompt, completion in zip(prompts, completions, strict=True):
             ended = completion[-1] in model.generation_config.eos_token_id
-            fits = len(prompts[n] + completion) <= tokenizer.model_max_length
+            fits = len(prompt + completion) <= tokenizer.model_max_length
             text = tokenizer.decode(completion, skip_special_tokens=True)
-            yield n, text, "" if ended and fits else "cut off"
+            yield text, "" if ended and fits else "cut off"
 
     return critic.cached(answer, [fingerprint(model), limit])
 
@@ -527,23 +559,25 @@ def open_critic(cfg, model, tokenizer):
 FREE = {"resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
-def open_run(cfg, argv):
-    """(settings, state) of the run in its folder, new or from its last checkpoint."""
+def open_run(argv):
+    """Returns (settings, state) of a new run, or with --resume of the last checkpoint in --out."""
+    cfg = parse_args(argv)
     folder = Path(cfg.out)
     if not cfg.resume:
-        if folder.exists() and set(os.listdir(folder)) - {"last.pt.new"}:  # of a killed first save
+        # last.pt.new is left over if the first save was killed
+        if folder.exists() and set(os.listdir(folder)) - {"last.pt.new"}:
             raise UserError(f"{folder} is not empty: choose another --out, or --resume its run")
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
         saved = {name: value for name, value in run["settings"].items() if name not in FREE}
-    except Exception as error:  # torch raises many types
+    except Exception as error:  # torch raises many exception types
         raise UserError(f"cannot resume {folder}: {error}") from None
-    cfg = parse_args(argv, saved)
-    cfg.resume = False  # config.json is that of the undisturbed run
+    cfg = parse_args(argv, saved)  # the command line may only repeat what was saved
     for name, value in saved.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{folder} was started with --{name} {value}, now {getattr(cfg, name)}")
+    cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
 
 
@@ -584,35 +618,37 @@ def prepare(cfg, run):
     messages = [solver_message(problem) for part in problems for problem in part]
     longest = max(map(len, encode_chats(tokenizer, messages))) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
-        raise UserError(f"the model has no room for a prompt and its completion, {longest} tokens")
+        raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
     identity = repr((fingerprint(model), problems))
-    if run.setdefault("identity", identity) != identity:
-        raise UserError(f"cannot resume {cfg.out}: --model or --data have changed since")
+    if run.setdefault("identity", identity) != identity:  # a new run gets one
+        raise UserError(f"cannot resume {cfg.out}: --model or --data has changed since")
     return problems, model, tokenizer
 
 
-def validate(model, tokenizer, optimizer, adapters, problems, run, cfg):
-    """Validates: 100 × mean reward. Keeps the adapters if they are the best; saves last.pt."""
-    torch.manual_seed(1)  # the same random draws every time
+def validate(model, tokenizer, problems, cfg):
+    """100 × mean reward, with the same random draws every time."""
+    torch.manual_seed(1)
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
-    avg = 100 * mean(r.reward for r in rollouts)
-    run["metrics"][-1]["val_avg"] = avg
-    if avg > run["best_avg"]:
-        best = {name: adapter.clone() for name, adapter in adapters.state_dict().items()}
-        run |= {"best_avg": avg, "best_adapters": best}
-    state = {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_write(f"{cfg.out}/last.pt") as file:
-        torch.save(run | state | {"settings": vars(cfg)}, file)
+    return 100 * mean(r.reward for r in rollouts)
+
+
+def log_rollouts(rollouts, step, run, tokenizer):
+    """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
+    for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
+        rollout.tokens = tokenizer.batch_decode([[t] for t in rollout.completion])
+        if not run["samples"]:
+            show(rollout, tokenizer)
+        run["samples"].append({"step": step} | asdict(rollout))
 
 
 def train(cfg, run):
-    """Trains, from the run's last checkpoint on if there is one; saves the best model."""
+    """Trains, resuming from the run's last checkpoint if any, and saves the best model."""
     (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
     ask = open_critic(cfg, model, tokenizer)
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
-    first = len(run["metrics"])  # step 0 only validates: the base may be the best
+    first = len(run["metrics"])  # a row for each step; step 0 validates the base, which may be best
     if first:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
@@ -625,18 +661,19 @@ def train(cfg, run):
                 torch.manual_seed(1_000_003 * cfg.seed + step)  # so no random state is saved
                 batch = batches[step - 1]
                 rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
+                log_rollouts(rollouts, step, run, tokenizer)
                 row |= metrics | rollout_metrics(rollouts)
-                rollouts.sort(key=lambda r: r.reward)  # wrong attempts first
-                for rollout in rollouts[:3]:
-                    rollout.tokens = tokenizer.batch_decode([[t] for t in rollout.completion])
-                    run["samples"].append({"step": step} | asdict(rollout))
-                if step == 1:
-                    show(step, rollouts[0])
                 bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
                 bar.update()
             run["metrics"].append(row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
-                validate(model, tokenizer, optimizer, adapters, val_set, run, cfg)
+                row["val_avg"] = validate(model, tokenizer, val_set, cfg)
+                if row["val_avg"] > run["best_avg"]:
+                    run["best_avg"] = row["val_avg"]
+                    run["best_adapters"] = {n: a.clone() for n, a in adapters.state_dict().items()}
+                run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
+                with atomic_write(f"{cfg.out}/last.pt") as file:
+                    torch.save(run | {"settings": vars(cfg)}, file)
             write_logs(run, cfg)
     finally:
         bar.close()
@@ -647,21 +684,20 @@ def train(cfg, run):
 
 
 # ================================================================================ command line
-def parse_args(argv, defaults):
+def parse_args(argv, defaults=None):
     """The settings on the command line. Raises UserError on an invalid value."""
-    parser = HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.set_defaults(**defaults)
+    groups = [Everyday, OwnModel, Method, Memory]
+    looks = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = HfArgumentParser(
+        groups, description=__doc__.partition("The parts")[0], allow_abbrev=False, **looks
+    )
+    parser.set_defaults(**defaults or {})
     cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.condition not in CONTEXTS:
-        raise UserError(f"--condition {cfg.condition}: choose one of {', '.join(CONTEXTS)}")
     for name, value in vars(cfg).items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
             raise UserError(f"--{name} is {value}: it must be positive and below a million")
     return cfg
-
-
-NOT_OURS = UserError, OSError, RuntimeError, UnicodeError, SafetensorError, KeyboardInterrupt
 
 
 @contextmanager
@@ -672,9 +708,16 @@ def command_line(program):
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except NOT_OURS as error:
-        text = " ".join(paint(str(error)).split()) or "interrupted"
-        if isinstance(error, RuntimeError) and "memory" not in text:
+    except (
+        UserError,
+        OSError,
+        UnicodeError,
+        RuntimeError,
+        SafetensorError,
+        KeyboardInterrupt,
+    ) as e:
+        text = " ".join(paint(str(e)).split()) or "interrupted"
+        if isinstance(e, RuntimeError) and "memory" not in text:
             raise  # a bug of ours; torch has no type for a CPU out of memory
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
@@ -682,8 +725,8 @@ def command_line(program):
 
 def main(argv):
     with command_line("sd.py"):
-        "".join(argv).encode()  # the libraries take no path that is not UTF-8
-        cfg, run = open_run(parse_args(argv, {}), argv)
+        "".join(argv).encode()  # the libraries reject paths that are not UTF-8
+        cfg, run = open_run(argv)
         print(cfg.condition, *argv)
         train(cfg, run)
     import eval as test  # prints the table; imported here because it imports this file

@@ -141,7 +141,7 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    critic.is_correct = lambda text, answer: len(text) % 2 == 0  # some reward
+    sd.is_correct = lambda text, answer: len(text) % 2 == 0  # some reward
     problems = critic.load_problems(sd.TOY)[0][: count // 8]
     prompts = [[5 + n] * prompt_length for n in range(count // 8) for _ in range(8)]
     completions = [[5 + (7 * n * t) % 200 for t in range(length)] for n in range(count)]

@@ -316,7 +316,7 @@ def test_a_message_is_answered_once_for_all_critics_of_one_identity(monkeypatch,
     def ask(identity, *messages, failure=""):
         def answer(new):
             asked[:] = new
-            yield from [(n, tagged(m) if m != "empty" else "", failure) for n, m in enumerate(new)]
+            yield from [(tagged(m) if m != "empty" else "", failure) for m in new]
 
         answers = critic.cached(answer, identity)([ROLLOUT] * len(messages), messages)
         assert [a.text for a in answers] == [tagged(m) if m != "empty" else None for m in messages]

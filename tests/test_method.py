@@ -131,7 +131,7 @@ def step(tiny_folder, make_config, problems, monkeypatch):
     The first completion of four is right, for a random model solves nothing.
     """
     grade = critic.is_correct
-    monkeypatch.setattr(critic, "is_correct", lambda text, a: not text or grade(text, a))
+    monkeypatch.setattr(sd, "is_correct", lambda text, a: not text or grade(text, a))
 
     def take(ask=SCRIBE, noise=0.1, **settings):
         cfg = make_config(**({"max_grad_norm": 1e5} | settings))
@@ -234,7 +234,7 @@ def test_the_critic_is_asked_only_where_the_context_needs_it(condition, step):
 @pytest.mark.parametrize("condition", ["critique", "shuffled", "grpo"])
 def test_a_step_without_a_signal_changes_no_weight(condition, step, monkeypatch):
     """No context at all, or equal rewards in grpo."""
-    monkeypatch.setattr(critic, "is_correct", lambda text, answer: True)
+    monkeypatch.setattr(sd, "is_correct", lambda text, answer: True)
     deaf = Mock(return_value=[Critique(None, "timed out")] * 8)
     moved, _, metrics, _ = step(deaf, condition=condition, group_size=2)
     assert metrics["masked"] == (condition != "grpo") and not moved.any()

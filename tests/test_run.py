@@ -52,9 +52,9 @@ def scores(monkeypatch):
 
 
 # ------------------------------------------------------------------------ what a run leaves
-@pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "empty", "new"])
+@pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "empty", "quote"])
 def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sd.CONTEXTS, "new", lambda r: f"<answer>{r.critique[-12]}</answer>")
+    monkeypatch.setitem(sd.CONTEXTS, "quote", lambda r: f"<answer>{r.critique[-12]}</answer>")
     out = tmp_path / "run"
     assert run(out, condition=condition)[0] == 0
     metrics = read_lines(out / "metrics.jsonl")
@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert is_refused("was started with --steps 4, now 70", "--resume", "--steps", "70")
     content = (world / "train.jsonl").read_text()
     (world / "train.jsonl").write_text(content.replace("8", "7", 1))
-    assert is_refused("--model or --data have changed", "--resume")
+    assert is_refused("--model or --data has changed", "--resume")
     (world / "train.jsonl").write_text(content)
     step.side_effect = None
     assert (out / "last.pt").read_bytes() == before
@@ -217,7 +217,7 @@ def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path):
 
 # ------------------------------------------------------------------------ bad input
 BAD = {  # flags -> what is said
-    "--condition praise": "--condition praise: choose one of grpo, reference, critique",
+    "--condition praise": "argument --condition: invalid choice: 'praise'",
     "--lr nan": "--lr is nan",
     "--seed 9999999999": "below a million",
     "--device abacus": "abacus",
