@@ -7,7 +7,7 @@
 The student writes an attempt at a problem. The teacher is the model that training started from,
 with a *context* in its prompt. It scores every token of that attempt, and the student moves towards
 it. After *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173).
-The conditions differ in the context, and grpo in its loss:
+The conditions differ in their context, grpo also in its loss:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
     reference   context: a reference solution, another derivation of the right answer
@@ -27,10 +27,10 @@ The parts of a training step, and their functions:
     7. update       one AdamW step on the LoRA adapters                                train_step
 
 The lesson ends with `train_step`; loading, checkpoints and the command line follow. Left out: ratio
-clipping, a KL penalty, a learning-rate schedule, several GPUs.
+clipping, a KL penalty towards a reference policy, a learning-rate schedule, several GPUs.
 
-Shapes: B sequences, each with P prompt and T completion tokens; L = max(P + T); N completion tokens
-of a micro-batch, without padding, n of them in a chunk; H hidden size; V vocabulary size.
+Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem;
+N completion tokens of a micro-batch, without padding, n of a chunk; H hidden size; V vocabulary.
 """
 
 import argparse
@@ -66,7 +66,7 @@ Solve the problem step by step. Write each step in tags of its own, <step_1>...<
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Write a
-corrected walk through that attempt. Keep the student's steps, words and notation where right.
+corrected walk through that attempt. Keep the student's words and notation where they are right.
 A. If every step is right, repeat the attempt word for word.
 B. If the answer is right but a step is missing, repeat the attempt and insert the step.
 C. If the attempt is unfinished, repeat its right steps, shortened if they are long, and finish it.
@@ -90,8 +90,8 @@ def solver_message(problem, context=None):
 
 def encode_chats(tokenizer, messages, thinking=False):
     """Chat prompts: B messages -> a list of P token ids for each."""
-    # sanitize_control_tokens: transformers encodes an <|im_start|> in a message as plain text
     chats = [[{"role": "user", "content": message}] for message in messages]
+    # sanitize_control_tokens: an <|im_start|> inside a message is encoded as plain text
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     return tokenizer.apply_chat_template(chats, enable_thinking=thinking, **options)
 
@@ -109,14 +109,15 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees beside the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher; trained on in grpo only
+    teacher_prompt: list[int] | None = None  # None: no teacher, and then only grpo trains on it
     advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
     tokens: list[str] = ()  # logged: the text of each token
 
 
+# correction(attempt, critique): "Step 2 is wrong. Correct: <step_2>...</step_2>", or praise.
 def omit(r):
-    """A verdict on each step before the first wrong one, and its correction; nothing quoted."""
-    wrong = first_difference(r.text, r.critique)  # a Step, or None
+    """As `quote` below, but the attempt is left out: "Step 1 is correct. Step 2 is wrong. ..."."""
+    wrong = first_difference(r.text, r.critique)  # a Step, with title "Step 2" and start; or None
     right = [step for step in parse_steps(r.text) if wrong is None or step.start < wrong.start]
     verdicts = [f"{step.title} is correct." for step in right]
     return " ".join([*verdicts, correction(r.text, r.critique)])
@@ -124,7 +125,6 @@ def omit(r):
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a text, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
-# `correction` says "Step 2 is wrong. Correct: <step_2>...</step_2>", or that every step is correct.
 CONTEXTS = {
     "grpo": lambda r: None,
     "reference": lambda r: r.problem.solution,
@@ -152,22 +152,20 @@ def setting(default, help):
 class Everyday:
     condition: Literal[tuple(CONTEXTS)] = setting("critique", "what the teacher sees")
     seed: int = setting(0, "seeds adapters, problem order and sampling")
-    out: str | None = setting(None, "folder of the run; automatic: runs/CONDITION[-SEED]")
+    out: str | None = setting(None, "folder of the run; by default runs/CONDITION[-SEED]")
     resume: bool = setting(False, "continue the run in --out from its last checkpoint")
 
 
 @dataclass
 class OwnModel:
-    _argument_group_name = "your own model, data and critic"
+    _argument_group_name = "your own model, data and critic"  # heading in --help
     model: str = setting(str(TOY), "solver: folder or hub id of a chat model")
     data: str = setting(str(TOY), "JSONL file, or folder with train, val and test.jsonl")
-    critic: str = setting(f"{TOY}/scribe.py", "a rule's .py file, a model, or http://.../v1")
+    critic: str = setting(f"{TOY}/scribe.py", "rule (.py file), model, or server (http://...)")
     critic_model: str | None = setting(None, "model name on the critic's server")
     critic_max_tokens: int = setting(4096, "longest critique in tokens, thinking included")
-    device: str | None = setting(None, "automatic: cuda if there is one, else cpu")
-    dtype: str | None = setting(
-        None, "of frozen weights; automatic: bfloat16 on cuda, else float32"
-    )
+    device: str | None = setting(None, "by default cuda if there is one, else cpu")
+    dtype: str | None = setting(None, "frozen weights; by default bfloat16 on cuda, else float32")
 
 
 @dataclass
@@ -176,8 +174,8 @@ class Method:
     teacher_thinking: bool = setting(False, "enable_thinking in the teacher's prompt")
     steps: int = setting(70, "training steps")
     problems_per_step: int = setting(32, "problems in a training step")
-    group_size: int | None = setting(None, "rollouts of each problem; automatic: 8 in grpo, else 1")
-    lr: float | None = setting(None, "learning rate; automatic: the condition's own")
+    group_size: int | None = setting(None, "rollouts per problem; by default 8 in grpo, else 1")
+    lr: float | None = setting(None, "learning rate; by default the condition's own")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "not in grpo")
     temperature: float = setting(1.0, "sampling temperature, also used for scoring")
     max_new_tokens: int = setting(64, "longest completion in tokens")
@@ -185,7 +183,7 @@ class Method:
     lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     eval_every: int = setting(10, "steps between validations")
-    val_samples: int = setting(8, "samples of each validation problem")
+    val_samples: int = setting(8, "samples per validation problem")
 
 
 @dataclass
@@ -235,7 +233,7 @@ class LoRALinear(nn.Module):
 
 
 def add_adapters(model, rank, alpha):
-    """Freezes the model and puts an adapter on every linear layer of its blocks; returns them."""
+    """Freezes the model, puts an adapter on each linear layer of its blocks, and returns these."""
     model.requires_grad_(False)
     for name, layer in list(model.base_model.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -268,8 +266,9 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
     Samples from the distribution that is scored later: temperature alone, no top-k or top-p.
     Temperature 0 is greedy.
     """
-    completions, end_ids = [], model.generation_config.eos_token_id  # a list: see load_model
+    end_ids = model.generation_config.eos_token_id  # a list: see load_model
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
+    completions = []
     for start in range(0, len(prompts), batch_size):
         batch = {"input_ids": prompts[start : start + batch_size]}
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
@@ -300,12 +299,9 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
 
 # ================================================================================ 2. contexts
 def ask_critic(rollouts, ask, group_size):
-    """Gives each rollout a critique, or the reason it has none, and another problem's critique.
-
-    ask(rollouts, messages) returns a critic.Critique, (text, failure), of each rollout. A rule
-    reads the rollouts, a language model the messages: see open_critic.
-    """
+    """Gives each rollout a critique, or the reason it has none, and another problem's critique."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
+    # a rule-based critic reads the rollouts, a language model the messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.critic_failure = critique.text, critique.failure
     shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
@@ -315,7 +311,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Sets context and teacher prompt, unless a needed critique is missing or the room is."""
+    """Sets context and teacher prompt, unless a needed critique is missing or they do not fit."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
     try:
@@ -334,7 +330,7 @@ def give_context(rollout, tokenizer, cfg):
 
 # ================================================================================ 3, 4. scoring
 def hidden_states(model, prompts, completions):
-    """Last hidden states that predict the completions' tokens, for student and teacher: [N, H]."""
+    """The last hidden states, each of which predicts a token of the completions: [N, H]."""
     sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
     # right-padded; causal attention never sees the padding, so no mask is needed
     ids = pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
@@ -356,8 +352,8 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
-    In nats. Positive: the context says keep this token; negative: change it. It is the advantage
-    of reverse KL: −∇ KL(student ‖ teacher) = E_{y_t ~ student} [A_t ∇ log π_θ(y_t)].
+    In nats. Positive: the context says keep this token; negative: change it. With reverse KL
+    as the loss it is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -366,13 +362,14 @@ def token_advantages(student, teacher, tokens):
 def kl(log_p, log_q):
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): log-probs [n, V], [n, V] -> [n], in nats."""
     p, q = log_p.exp(), log_q.exp()
-    # The terms q − p sum to zero. They make the gradient exactly zero where p = q; without them
-    # AdamW scales rounding errors of 1e-8 up to full steps.
+    # The terms q − p sum to zero. They make the gradient in log p and log q exactly zero where
+    # p = q; without them AdamW scales rounding errors of 1e-8 up to full steps.
     return (p * (log_p - log_q) + q - p).sum(-1)
 
 
 def jsd(student, teacher):
     """½ KL(teacher ‖ m) + ½ KL(student ‖ m), with the mixture m = ½ teacher + ½ student."""
+    # log(½ eˢ + ½ eᵗ), written so that it is exactly s where s = t
     mixture = student + (F.softplus(teacher - student) - math.log(2))
     return (kl(teacher, mixture) + kl(student, mixture)) / 2
 
@@ -388,7 +385,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
     """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
-    # A_i at every token; where there is a teacher, A_t takes its place
+    # A_i at every token, for grpo's loss. Elsewhere A_t replaces it below, for the logs.
     advantages = [r.group_advantage for r in rollouts for _ in r.completion]
     advantages = torch.tensor(advantages, device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
@@ -399,7 +396,8 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
 
     # The logits of all N tokens would not fit in memory. So backward goes first from each chunk's
     # loss to its hidden states, and then once from all hidden states through the network.
-    leaves, loss = student_states.detach().requires_grad_(), 0.0
+    leaves = student_states.detach().requires_grad_()
+    loss = 0.0
     for start in range(0, len(tokens), cfg.chunk):
         chunk = slice(start, start + cfg.chunk)
         student = log_probs(model, leaves[chunk], cfg.temperature)  # [n, V]
@@ -441,7 +439,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item()
     if not math.isfinite(loss + grad_norm):
         raise UserError(f"loss {loss}, gradient norm {grad_norm}: stopped; try a lower --lr")
-    optimizer.step()  # with no rollout to train on there is no gradient, so the weights stay
+    optimizer.step()  # with no rollout to train on there is no gradient, and no weight changes
     optimizer.zero_grad()
     return rollouts, {"loss": loss, "grad_norm": grad_norm}
 
@@ -467,7 +465,7 @@ def rollout_metrics(rollouts):
 
 
 def paint(text, advantage=0.0):
-    """The text for a terminal, on blue where A_t says keep, on orange where it says change."""
+    """The text for a terminal, on blue if A_t is over 1 nat, on orange if it is under −1."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
     if abs(advantage) < 1 or not sys.stdout.isatty():
         return text
@@ -478,18 +476,15 @@ def show(rollout, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     if not rollout.context:  # no teacher, so no A_t
-        tqdm.write(f"attempt: {paint(rollout.text)}")
-        return
+        return tqdm.write(f"attempt: {paint(rollout.text)}")
     pairs = list(zip(rollout.advantages, rollout.tokens, strict=True))
     lowest = [f"{advantage:.2f} at {paint(text)}" for advantage, text in sorted(pairs)[:3]]
     tqdm.write("attempt: " + " ".join(paint(text, advantage) for advantage, text in pairs))
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
-    tqdm.write(f"A_t says {paint('change it', -9)} or {paint('keep it', 9)}: {', '.join(lowest)}")
+    tqdm.write(f"A_t says {paint('change it', -9)} or {paint('keep it', 9)}; {', '.join(lowest)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
     if words:
-        tqdm.write(
-            f"WARNING: the model cannot read these words of the context: {paint(str(words))}"
-        )
+        tqdm.write(f"WARNING: this model cannot read, in the context: {paint(' '.join(words))}")
 
 
 # ================================================================================ model and critic
@@ -497,7 +492,7 @@ def load_model(name, cfg):
     """Loads (model, tokenizer) from a folder or hub id. Raises UserError on what it cannot use."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        encode_chats(tokenizer, ["a message"])
+        encode_chats(tokenizer, ["a message"])  # raises if the chat template is missing or broken
         options = {"dtype": cfg.dtype, "trust_remote_code": False, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(name, **options)
         model.to(cfg.device).eval()  # eval: no dropout
@@ -506,12 +501,13 @@ def load_model(name, cfg):
     end_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    scales = "final_logit_softcapping", "logit_scale", "logits_scaling"  # as in Gemma 2, Cohere
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma 2, Cohere, ...
+    scales = {getattr(model.config, name, None) for name in names}
     flaws = {
         "lacks weights": info["missing_keys"],
         "has weights that are not finite": not all(p.isfinite().all() for p in model.parameters()),
         "has no end token in its vocabulary": not set(end_ids) <= set(vocabulary),
-        "caps or scales its logits": {getattr(model.config, s, None) for s in scales} - {None, 1.0},
+        "caps or scales its logits": scales - {None, 1.0},
         "is recurrent": model._is_stateful,
     }
     for flaw, found in flaws.items():
@@ -541,7 +537,7 @@ def open_critic(cfg, model, tokenizer):
     limit = cfg.critic_max_tokens
 
     def answer(messages):
-        """Yields (text, failure) of each message's answer."""
+        """Yields (text, failure) for each message."""
         prompts = encode_chats(tokenizer, messages)
         with adapters_off():  # a solver that is its own critic uses its base weights
             completions = generate(model, tokenizer, prompts, cfg.critic_batch, limit, 0)
@@ -551,11 +547,11 @@ def open_critic(cfg, model, tokenizer):
             text = tokenizer.decode(completion, skip_special_tokens=True)
             yield text, "" if ended and fits else "cut off"
 
-    return critic.cached(answer, [fingerprint(model), limit])
+    return critic.cached(answer, [fingerprint(model), limit])  # as ask, keeping what it answers
 
 
 # ================================================================================ checkpoints
-# Settings that may change on resume; they affect results only by rounding.
+# Settings that may change on resume; they change results only by rounding.
 FREE = {"resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
@@ -573,7 +569,7 @@ def open_run(argv):
         saved = {name: value for name, value in run["settings"].items() if name not in FREE}
     except Exception as error:  # torch raises many exception types
         raise UserError(f"cannot resume {folder}: {error}") from None
-    cfg = parse_args(argv, saved)  # the command line may only repeat what was saved
+    cfg = parse_args(argv, saved)  # but for FREE, the command line may only repeat them
     for name, value in saved.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{folder} was started with --{name} {value}, now {getattr(cfg, name)}")
@@ -621,7 +617,7 @@ def prepare(cfg, run):
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
     identity = repr((fingerprint(model), problems))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
-        raise UserError(f"cannot resume {cfg.out}: --model or --data has changed since")
+        raise UserError(f"cannot resume {cfg.out}: --model or --data has changed since it began")
     return problems, model, tokenizer
 
 
@@ -648,7 +644,7 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
-    first = len(run["metrics"])  # a row for each step; step 0 validates the base, which may be best
+    first = len(run["metrics"])  # it has one row per step; step 0 only validates the base
     if first:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
@@ -658,7 +654,9 @@ def train(cfg, run):
         for step in range(first, cfg.steps + 1):
             row = {"step": step}
             if step > 0:
-                torch.manual_seed(1_000_003 * cfg.seed + step)  # so no random state is saved
+                torch.manual_seed(
+                    1_000_003 * cfg.seed + step
+                )  # so that no random state need be saved
                 batch = batches[step - 1]
                 rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
@@ -672,13 +670,13 @@ def train(cfg, run):
                     run["best_avg"] = row["val_avg"]
                     run["best_adapters"] = {n: a.clone() for n, a in adapters.state_dict().items()}
                 run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-                with atomic_write(f"{cfg.out}/last.pt") as file:
+                with atomic_write(f"{cfg.out}/last.pt") as file:  # makes the folder, too
                     torch.save(run | {"settings": vars(cfg)}, file)
             write_logs(run, cfg)
     finally:
         bar.close()
         if "best_adapters" in run:
-            write_logs(run, cfg)  # a resumed run may have no step left
+            write_logs(run, cfg)  # a resumed run may have no steps left to do
             adapters.load_state_dict(run["best_adapters"])
             save_merged(model, tokenizer, f"{cfg.out}/best")
 
@@ -693,6 +691,8 @@ def parse_args(argv, defaults=None):
     )
     parser.set_defaults(**defaults or {})
     cfg = Config(**vars(parser.parse_args(argv)))
+    if not "".join(argv).isprintable():
+        raise UserError("an argument is not UTF-8 or holds a control character")
     for name, value in vars(cfg).items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
@@ -708,16 +708,9 @@ def command_line(program):
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (
-        UserError,
-        OSError,
-        UnicodeError,
-        RuntimeError,
-        SafetensorError,
-        KeyboardInterrupt,
-    ) as e:
-        text = " ".join(paint(str(e)).split()) or "interrupted"
-        if isinstance(e, RuntimeError) and "memory" not in text:
+    except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
+        text = " ".join(paint(str(error)).split()) or "interrupted"
+        if isinstance(error, RuntimeError) and "memory" not in text:
             raise  # a bug of ours; torch has no type for a CPU out of memory
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
@@ -725,7 +718,6 @@ def command_line(program):
 
 def main(argv):
     with command_line("sd.py"):
-        "".join(argv).encode()  # the libraries reject paths that are not UTF-8
         cfg, run = open_run(argv)
         print(cfg.condition, *argv)
         train(cfg, run)
