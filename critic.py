@@ -1,8 +1,7 @@
 """Problems, step-tagged text, answers compared by value, and critics. Knows nothing of training.
 
-A critic sees a problem, an attempt and the ground truth, and writes a corrected walk through that
-attempt. It is a rule from a Python file, a local model, or a server; all answer one call,
-ask(rollouts, messages) -> [Critique]. A rule reads .problem and .text of a rollout.
+A critic writes a corrected walk through an attempt. It is a rule from a Python file, a local model
+or a server. Each answers ask(rollouts, messages) -> [Critique].
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from itertools import zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, get_session
 from tqdm import tqdm
 
 
@@ -93,10 +92,10 @@ def load_problems(path):
 
 # ================================================================================ step-tagged text
 # Paired by hand: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
-TAG = re.compile(r"<(/?)(step_[0-9]{1,4}|answer)>")
+TAG = r"<(/?)(step_[0-9]{1,4}|answer)>"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     name: str  # "step_1", "step_2", … or "answer"
     text: str  # what stands between the tags
@@ -111,7 +110,7 @@ class Step:
 def parse_steps(attempt):
     """The steps and answers in order. An opening tag counts if the next tag closes it."""
     steps, opening = [], None
-    for tag in TAG.finditer(attempt):
+    for tag in re.finditer(TAG, attempt):
         closes, name = tag.groups()
         if closes and opening and opening[2] == name:
             text = attempt[opening.end() : tag.start()]
@@ -123,9 +122,8 @@ def parse_steps(attempt):
 def first_difference(attempt, critique):
     """The attempt's first step (or answer) that the critique does not repeat there; else None."""
     for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
-        if not (ours and theirs and ours.name == theirs.name):
-            return ours
-        if ours.text.split() != theirs.text.split():
+        named_alike = ours and theirs and ours.name == theirs.name
+        if not (named_alike and ours.text.split() == theirs.text.split()):
             return ours
     return None
 
@@ -150,7 +148,7 @@ LONG_UNIT = rf"(?i:(?:square |cubic )?(?!{SCALE}|{PART})[a-z]{{3,}}(?: per [a-z]
 SHORT_UNIT = r"(?:[cdkm]m|[km]g|ml|in|ft|yd|mi|lbs?|oz|hrs?|km/h|(?<= )(?:m/s|[mglsh]))(?:\^[23])?"
 UNIT = rf"%|{SHORT_UNIT}|(?<= ){LONG_UNIT}"
 # Variable, sign, whole part of a mixed number (only before a fraction), number, unit.
-QUANTITY = re.compile(rf"([A-Za-z]=)?\+?(-?)(?:([0-9]+) (?=[0-9]+/))?({NUMBER})(?: ?({UNIT}))?")
+QUANTITY = rf"([A-Za-z]=)?\+?(-?)(?:([0-9]+) (?=[0-9]+/))?({NUMBER})(?: ?({UNIT}))?"
 
 GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # {…}, in which braces may nest once
 RULES = [  # (pattern, replacement), in this order
@@ -199,7 +197,7 @@ def read_answer(text):
         return text, ""
     for pattern, replacement in RULES * 2:  # twice, as in \boxed{\boxed{3}}
         text = re.sub(pattern, replacement, text)
-    quantity = QUANTITY.fullmatch(text)
+    quantity = re.fullmatch(QUANTITY, text)
     if not quantity:
         return text.replace(", ", ","), ""
     variable, minus, whole, digits, unit = quantity.groups("")
@@ -232,7 +230,7 @@ def cache_file(kind, identity):
     return Path("runs/cache") / f"{kind}-{key[:32]}.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Critique:
     text: str | None  # the corrected walk; None if the critic failed
     failure: str = ""  # why it failed
@@ -263,9 +261,12 @@ def rule_critic(path):
 
 def server_critic(cfg):
     """The critic on an OpenAI-compatible server. Raises UserError if it refuses the key."""
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\w:]+\])(:[1-6]?[0-9]{1,4})?(/.*)?", cfg.critic):
+        raise UserError(f"--critic {cfg.critic} is no URL: expected http://HOST:PORT/v1")
     # With no key the client would send the user's Hugging Face token to this server.
     key = os.environ.get("CRITIC_API_KEY", "none")
     client = InferenceClient(base_url=cfg.critic, api_key=key, timeout=600)  # seconds without data
+    get_session().follow_redirects = False  # a redirect takes the prompts to another host
     options = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
 
     def ask_server(message):
@@ -273,8 +274,7 @@ def server_critic(cfg):
             try:
                 chat = client.chat_completion([{"role": "user", "content": message}], **options)
                 choice = chat.choices[0]
-                cut_off = choice.finish_reason == "length"
-                return choice.message.content, "cut off" if cut_off else ""
+                return choice.message.content, "cut off" if choice.finish_reason == "length" else ""
             except Exception as error:  # transport, protocol and format errors of several libraries
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", 0)
@@ -310,7 +310,7 @@ def cached(answer, identity):
                 continue
             with atomic_write(file_of(message)) as file:
                 file.write(text.encode("utf-8", "replace"))
-        if messages and set(failures) == set(messages):
+        if set(failures) == set(messages):
             raise UserError(f"the critic answers nothing: {failures[messages[0]].failure}")
         return [
             failures.get(m) or usable_walk(file_of(m).read_text("utf-8"), r.problem.answer)

@@ -76,7 +76,7 @@ def rows_of(subjects):
     rows = {base if len(bases) > 1 else "base": [Subject(base, base)] for base in bases}
     labels = {}
     for run in [s for s in subjects if s.cfg]:
-        recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.FREE, "seed", "out"]))
+        recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.FREE, "seed"]))
         label = run.model if run.cfg.condition in rows else run.cfg.condition
         rows.setdefault(labels.setdefault(recipe, label), []).append(run)
     return rows

@@ -552,7 +552,7 @@ def open_critic(cfg, model, tokenizer):
 
 # ================================================================================ checkpoints
 # Settings that may change on resume; they change results only by rounding.
-FREE = {"resume", "device", "micro_batch", "chunk", "critic_batch"}
+FREE = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
 def open_run(argv):

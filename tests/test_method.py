@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -98,6 +100,30 @@ def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, mak
         fits = len(before.teacher_prompt) + len(before.completion) <= sorted(lengths)[1]
         assert r.teacher_prompt == (before.teacher_prompt if fits else None)
         assert r.context == (before.context if fits else None)
+
+
+def test_a_context_that_raises_is_named_with_its_line(make_config, monkeypatch):
+    for broken in (lambda r: r.no_such_thing), (lambda: "no argument"):
+        monkeypatch.setitem(sd.CONTEXTS, "empty", broken)
+        with pytest.raises((AttributeError, TypeError)) as raised:
+            sd.give_context(
+                sd.Rollout(PROBLEM, [], [], "", 0.0), None, make_config(condition="empty")
+            )
+        assert (
+            f"the context empty, line {broken.__code__.co_firstlineno}" in raised.value.__notes__[0]
+        )
+
+
+def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    tokens = {"tokens": ["a", "b", "c\x1b"], "advantages": [-2.0, 0.5, 3.0]}
+    rollout = sd.Rollout(PROBLEM, [], [], "abc", 0.0, context="Oh dear 9 Step", **tokens)
+    sd.show(rollout, tiny[1])
+    shown = capsys.readouterr().out
+    assert "attempt: \x1b[97;48;5;166ma\x1b[0m b \x1b[97;48;5;25mc \x1b[0m\n" in shown
+    assert "; -2.00 at a, 0.50 at b, 3.00 at c" in shown and "the context: Oh dear\n" in shown
+    sd.show(replace(rollout, context=None), tiny[1])
+    assert "A_t" not in capsys.readouterr().out  # in grpo there is none
 
 
 # ------------------------------------------------------------------------ sampling, scoring
