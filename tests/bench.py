@@ -3,13 +3,12 @@
 python tests/bench.py            step and loss (three minutes on two cores, 12 GB of memory)
 python tests/bench.py step       the training step against its bare parts
 python tests/bench.py loss       the loss in chunks against the loss in one piece
-python tests/bench.py trl        grpo's step without sampling against TRL's GRPOTrainer;
-                                 needs `pip install trl peft`
+python tests/bench.py trl        grpo without sampling, against TRL; needs `pip install trl peft`
 """
 
+import resource
 import statistics
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -43,25 +42,10 @@ def clock(*functions, repeats=5):
 
 
 def peak(function):
-    """Peak resident memory of the function, in bytes, above what was resident before."""
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before = most = resident()
-    done = threading.Event()
-
-    def watch():
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    """Bytes above those resident before. A process has one peak: what needs less comes first."""
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     function()
-    done.set()
-    watcher.join()
-    return most - before
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def network(name, vocabulary=None):
@@ -79,25 +63,24 @@ def network(name, vocabulary=None):
 
 
 def bench_step():
-    for name in ("toy", "25M"):
+    for name in SHAPES:
         model, tokenizer = network(name)
         cfg = sd.Config(max_new_tokens=48, lr=1e-9)
-        adapters = sd.add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
-        optimizer = torch.optim.AdamW(adapters, lr=cfg.lr)
+        optimizer = torch.optim.AdamW(sd.add_adapters(model, 64, 128.0), lr=cfg.lr)
         problems = critic.load_problems(cfg.data)[0][: cfg.problems_per_step]
         walks = [critic.Critique(problem.solution) for problem in problems]
         messages = [[sd.solver_message(p), sd.solver_message(p, p.solution)] for p in problems]
         own, taught = (sd.encode_chats(tokenizer, side) for side in zip(*messages, strict=True))
         own, taught = torch.tensor(own), torch.tensor(taught)
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": cfg.max_new_tokens}
 
         def step(parts=(model, tokenizer, optimizer, problems), walks=walks, cfg=cfg):
             torch.manual_seed(0)
             sd.train_step(*parts, lambda rollouts, messages: walks, cfg)
 
-        def bare(model=model, own=own, taught=taught, options=options):
+        def bare(model=model, own=own, taught=taught):
             torch.manual_seed(0)
-            output = model.generate(own, attention_mask=torch.ones_like(own), **options)
+            sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": 48}
+            output = model.generate(own, attention_mask=torch.ones_like(own), **sampling)
             sampled = output[:, own.shape[1] :]
             with torch.no_grad(), sd.adapters_off():
                 ids = torch.cat([taught, sampled], 1)
@@ -108,9 +91,7 @@ def bench_step():
             F.kl_div(*pair, log_target=True, reduction="sum").backward()
 
         whole, parts = clock(step, bare)
-        print(
-            f"training step / (generate, teacher, student, backward), {name}: {whole / parts:.2f}"
-        )
+        print(f"{name}: step / (generate, teacher, student, backward) {whole / parts:.2f}")
 
 
 def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):
@@ -128,15 +109,11 @@ def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):
     functions = partial(run, sd.Config().chunk), partial(run, positions)
     memory = peak(functions[0]) / peak(functions[1])
     seconds = clock(*functions, repeats=1)
-    print(f"loss in chunks / in one piece, {positions} positions, {vocabulary:,} tokens:", end=" ")
-    print(f"memory {memory:.2f}, time {seconds[0] / seconds[1]:.2f}")
+    print(f"loss in chunks / in one piece: memory {memory:.2f}, time {seconds[0] / seconds[1]:.2f}")
 
 
 def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
-    """50M parameters. Both score and update on the same rollouts.
-
-    TRL's default is to recompute activations in the backward pass; we measure it with and without.
-    """
+    """50M parameters, the same rollouts. By default TRL recomputes activations; here also not."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -166,10 +143,8 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
         sd.encode_chats = lambda tokenizer, messages: prompts
         sd.generate = lambda *_: completions
         ours = partial(sd.train_step, model, tokenizer, optimizer, problems, None, cfg)
-        seconds = clock(trainer.train, ours, repeats=3)
-        print(
-            f"TRL / ours, activations recomputed by TRL {recompute}: {seconds[0] / seconds[1]:.2f}"
-        )
+        theirs, ours = clock(trainer.train, ours, repeats=3)
+        print(f"TRL / ours, TRL recomputes activations {recompute}: {theirs / ours:.2f}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def flags(settings):
 
 @pytest.fixture
 def make_config(small):
-    return lambda **settings: sd.parse_args(flags(small | settings), {})
+    return lambda **settings: sd.parse_args(flags(small | settings))
 
 
 @pytest.fixture

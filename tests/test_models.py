@@ -73,17 +73,14 @@ def edit_config(folder, **values):
 
 MAMBA = transformers.MambaForCausalLM, transformers.MambaConfig
 FLAWS = [  # what is done to the folder, what is said
-    (lambda folder: edit_weights(folder, lambda w: w.pop("model.norm.weight")), "lacks weights"),
-    (
-        lambda folder: edit_weights(folder, lambda w: w["model.norm.weight"].mul_(torch.nan)),
-        "not finite",
-    ),
-    (lambda folder: save_model(folder, byte_tokenizer(), ends=[1, 300]), "no end token"),
-    (lambda folder: save_model(folder, byte_tokenizer(), MAMBA), "is recurrent"),
-    (lambda folder: edit_config(folder, final_logit_softcapping=30.0), "caps or scales its logits"),
-    (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template is not set"),
-    (lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
-    (lambda folder: (folder / "model.safetensors").write_text("{}"), "cannot load"),
+    (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lacks weights"),
+    (lambda f: edit_weights(f, lambda w: w["model.norm.weight"].mul_(torch.nan)), "not finite"),
+    (lambda f: save_model(f, byte_tokenizer(), ends=[1, 300]), "no end token"),
+    (lambda f: save_model(f, byte_tokenizer(), MAMBA), "is recurrent"),
+    (lambda f: edit_config(f, final_logit_softcapping=30.0), "caps or scales its logits"),
+    (lambda f: (f / "chat_template.jinja").unlink(), "chat_template is not set"),
+    (lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
+    (lambda f: (f / "model.safetensors").write_text("{}"), "cannot load"),
 ]
 
 
