@@ -97,32 +97,31 @@ def write(path, text):
             file.write(text.encode())
 
 
-def sample(model, tokenizer, problems, prompts, cfg):
-    """An Attempt from each prompt, graded. The token ids of each batch are kept in a file."""
+def sample(model, tokenizer, asked, cfg):
+    """A graded Attempt of each (problem, prompt). A file keeps the token ids of each batch."""
     identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    for start in tqdm(range(0, len(prompts), cfg.gen_batch), "sampling", leave=False):
-        batch = prompts[start : start + cfg.gen_batch]
+    for start in tqdm(range(0, len(asked), cfg.gen_batch), "sampling", leave=False):
+        batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
         file = critic.cache_file("eval", [identity, settings, start, batch])
         try:
-            completions += json.loads(file.read_text())
+            sampled = json.loads(file.read_text())
         except (OSError, ValueError):  # no file, or a broken one
             torch.manual_seed(cfg.seed + start)
             sampled = sd.generate(model, tokenizer, batch, *settings)
             write(file, json.dumps(sampled))
-            completions += sampled
+        completions += sampled
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    attempts = []
-    for problem, prompt, ids, text in zip(problems, prompts, completions, texts, strict=True):
-        reward = float(critic.is_correct(text, problem.answer))
-        attempts.append(Attempt(problem, prompt, ids, text=text, reward=reward))
-    return attempts
+    return [
+        Attempt(p, prompt, ids, text=text, reward=float(critic.is_correct(text, p.answer)))
+        for (p, prompt), ids, text in zip(asked, completions, texts, strict=True)
+    ]
 
 
 def sample_attempts(model, tokenizer, problems, k, cfg):
     """k attempts at each problem; neighbours are at different ones, as `shuffled` needs."""
     prompts = sd.encode_chats(tokenizer, [sd.solver_message(p) for p in problems])
-    return sample(model, tokenizer, problems * k, prompts * k, cfg)
+    return sample(model, tokenizer, list(zip(problems, prompts, strict=True)) * k, cfg)
 
 
 # ================================================================================ scores
@@ -138,13 +137,13 @@ def intervals(values, names):
 
 
 def group_scores(attempts):
-    """[Pass@k, Maj@k, Avg@k, mean length] of k attempts at a problem; ties share Maj's point."""
+    """[Avg@k, Maj@k, Pass@k, mean length] of k attempts at a problem; ties share Maj's point."""
     rewards = [a.reward for a in attempts]
     answers = [critic.extract_answer(a.text) for a in attempts]
-    winners = multimode(answer for answer in answers if answer is not None)
+    winners = multimode(filter(None, answers))
     reward_of = dict(zip(answers, rewards, strict=True))
     maj, length = sd.mean(map(reward_of.get, winners)), sd.mean(len(a.completion) for a in attempts)
-    return [100 * max(rewards), 100 * maj, 100 * sd.mean(rewards), length]
+    return [100 * sd.mean(rewards), 100 * maj, 100 * max(rewards), length]
 
 
 def measure(subjects, problems, k, cfg):
@@ -196,7 +195,7 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
         copies = [replace(attempt) for attempt in attempts]
         for copy in copies:
             sd.give_context(copy, tokenizer, replace(cfg, condition=name))
-        taught = [copy for copy in copies if copy.teacher_prompt is not None]
+        taught = [copy for copy in copies if copy.teacher_prompt]
         if not taught:
             continue
         readings[name] = copies
@@ -204,8 +203,7 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
         for attempt in taught:
             attempt.prompt = attempt.teacher_prompt
         told = token_log_probs(teacher, taught, cfg)
-        problems, prompts = [a.problem for a in taught], [a.prompt for a in taught]
-        samples = sample(teacher, tokenizer, problems, prompts, cfg)
+        samples = sample(teacher, tokenizer, [(a.problem, a.prompt) for a in taught], cfg)
         for i, attempt in enumerate(taught):
             attempt.advantages = (told[i] - own[i]).tolist()
             attempt.teacher_right = samples[i].reward
@@ -323,8 +321,8 @@ def learning_curves(rows):
 <text x=-110 y=14 transform=rotate(-90)>validation Avg, %</text></g></svg><p>{legend}</p>"""
 
 
-def example(names, attempts):
-    """One attempt under each context, its tokens coloured by A_t, with the contexts beside it."""
+def example(names, attempts, unfolded):
+    """An attempt under each context, tokens coloured by A_t. Other contexts start folded."""
     rows = ""
     for name, a in zip(names, attempts, strict=True):
         tokens = ""
@@ -332,9 +330,10 @@ def example(names, attempts):
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
             tokens += f"<span {style}>{escape(a.text[start:end])}</span>"
         context = escape(a.context or a.critic_failure or "")
-        rows += f"<b>{escape(name)}</b><p>{tokens}</p><p>{context}</p>"
+        rows += f"<details {'open' * (name in unfolded)}><summary>{escape(name)}</summary>"
+        rows += f"<div><p>{tokens}</p><p>{context}</p></div></details>"
     title = f"{a.problem.problem} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
-    return f"<h3>{escape(title)}</h3><div class=rows>{rows}</div>"
+    return f"<h3>{escape(title)}</h3>{rows}"
 
 
 STYLE = """:root{color-scheme:light dark;--True:#0072b2;--False:#e0600a}
@@ -342,11 +341,11 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem
 pre{overflow-x:auto;font-size:.8rem} .chart{width:100%;max-width:36rem;font-size:12px}
 text{fill:currentColor} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
 .key{display:inline-block;width:40px;height:10px;margin-left:1rem;stroke-width:2.5}
-.rows{display:grid;grid-template-columns:6rem 3fr 2fr;gap:.6rem 1.2rem}
-.rows p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+details div{display:grid;grid-template-columns:3fr 2fr;gap:.3rem 1.5rem;margin:0 0 .8rem 1rem}
+details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere} summary{font-weight:bold}
 i{background:linear-gradient(90deg,#e0600acc,transparent,#0072b2cc)}
 [style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
-@media(max-width:48rem){.rows{grid-template-columns:1fr;gap:.2rem} .rows b{margin-top:.8rem}}"""
+@media(max-width:48rem){details div{grid-template-columns:1fr}}"""
 
 
 def page(tables, curves, examples):
@@ -355,8 +354,10 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>The band is from the lowest seed to the highest.</p><h2>Attempts, and what the teacher sees</h2>
-<p>A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
+<p>The band is from the lowest seed to the highest.</p><h2>What the contexts say</h2>
+<p>Each attempt at a problem (right answer in brackets) is shown once for each context, beside the
+text that the context shows to the teacher. The colour of a token is
+A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
 student, in nats: <i>change it (−5) … keep it (+5)</i>. Point at a token to see its value.</p>
 {"".join(examples)}</html>"""
 
@@ -379,11 +380,11 @@ def parse_args(argv):
     for path in map(Path, filter(None, [args.html, args.json, args.out])):
         is_data = path.resolve() == Path(args.data or "").resolve()
         if is_data or path.exists() != path.is_file() or not path.parent.is_dir():
-            parser.error(f"{path} is --data, no regular file, or in a folder that does not exist")
+            parser.error(f"{path} is --data, not a regular file, or in a missing folder")
     return args
 
 
-def score_contexts(subject, problems, k, cfg):
+def score_contexts(subject, problems, unfolded, k, cfg):
     """(numbers, text of tables, html of examples) of its attempts under every context."""
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg)
@@ -395,44 +396,45 @@ def score_contexts(subject, problems, k, cfg):
         attempt.kinds = token_kinds(attempt, judge)
     readings = read_contexts(attempts, student, teacher, tokenizer, cfg)
     kinds = KINDS if judge else PLACES
-    a, b = [*kinds, "teacher right"], [*(f"share {kind}" for kind in kinds), "pushed down"]
+    a, b = [*kinds, "teacher right"], [f"share {kind}" for kind in kinds] + ["pushed down"]
     numbers = analyse(readings, a + b, k)
     ones = [replace(attempt, advantages=[1.0] * len(attempt.kinds)) for attempt in attempts]
     shares = analyse({"tokens": ones}, b, k) | numbers  # of the tokens themselves, then of |A_t|
     text = table("A_t in nats, wrong attempts; how often the teacher is right, %", a, numbers)
     text += table("share of |A_t|, wrong attempts, %; A_t < -0.5, right attempts, %", b, shares)
     columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
-    examples = [example(readings, column) for column in columns[:3] + columns[-1:]]
+    examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]
     return numbers, text, examples
 
 
 def report(args):
     subjects = [open_subject(name) for name in dict.fromkeys(args.subjects)]
-    name = args.advantages or args.html and subjects[0].base
-    scored = [open_subject(name)] if name else []
-    first = next((vars(s.cfg) for s in subjects + scored if s.cfg), {})
+    scored = open_subject(args.advantages or subjects[0].base)
+    first = next((vars(s.cfg) for s in [*subjects, scored] if s.cfg), {})
     given = [f"--{name}={vars(args)[name]}" for name in SETTINGS if vars(args)[name]]
     cfg = sd.parse_args(given, first | {"seed": 2})
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
     if not problems:
         raise UserError(f"{args.data} has no problems")
-    rows, k, numbers, tables, examples = rows_of(subjects), args.k, {}, "", []
+    rows, k = rows_of(subjects), args.k
+    numbers, tables, examples = {}, "", []
     scores = {label: measure(row, problems, k, cfg) for label, row in rows.items()}
     if rows:
-        names = [f"Pass@{k}", f"Maj@{k}", f"Avg@{k}", "tokens"]
+        names = [f"Avg@{k}", f"Maj@{k}", f"Pass@{k}", "tokens"]
         numbers |= {"scores": score_rows(rows, scores, names), "problems": scores}
         title = f"{len(problems)} problems of {args.data or cfg.data}, {k} samples [95% interval]"
-        tables = table(title, names, numbers["scores"])
+        tables += table(title, names, numbers["scores"])
         print(tables)
     if args.keep_band:
         low, high = args.keep_band
-        averages = measure(subjects, problems, k, cfg)[0][:, 2].tolist()
+        averages = list(scores.values())[-1][0, :, 0].tolist()  # the last row is the subject's
         pairs = zip(problems, averages, strict=True)
         kept = [vars(problem) for problem, avg in pairs if low <= avg / 100 <= high]
         write(args.out, "".join(json.dumps(row) + "\n" for row in kept))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
-    for subject in scored:
-        numbers["contexts"], text, examples = score_contexts(subject, problems, k, cfg)
+    if args.advantages or args.html:
+        unfolded = rows if len(rows) > 1 else sd.CONTEXTS
+        numbers["contexts"], text, examples = score_contexts(scored, problems, unfolded, k, cfg)
         print(text)
         tables += text
     write(args.html, page(tables, learning_curves(rows), examples))

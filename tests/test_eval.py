@@ -47,10 +47,10 @@ def test_pass_maj_and_avg_of_one_problem():
         texts = [f"<answer>{answer}</answer>" if answer else "it is 11" for answer in answers]
         return pytest.approx(ev.group_scores([attempt_of(text) for text in texts]))
 
-    assert scores("11", "11", "3", None) == [100, 100, 50, 4]
-    assert scores("11", "3", "4", "4") == [100, 0, 25, 4]
-    assert scores("11", "3", "2", None) == [100, 100 / 3, 25, 4]  # three answers tie
-    assert scores(None, None, None, "11.0") == [100, 100, 25, 4]  # no answer is no vote
+    assert scores("11", "11", "3", None) == [50, 100, 100, 4]
+    assert scores("11", "3", "4", "4") == [25, 0, 100, 4]
+    assert scores("11", "3", "2", None) == [25, 100 / 3, 100, 4]  # three answers tie
+    assert scores(None, None, None, "11.0") == [25, 100, 100, 4]  # no answer is no vote
 
 
 def test_rows_of_the_table(make_config):
@@ -173,7 +173,7 @@ def test_what_a_model_wrote_cannot_change_the_page(make_config):
         a.advantages, a.context, a.critique = [-1.0, 2.0], text, text
         curves = ev.learning_curves({text: [ev.Subject("", "", make_config(), {0: 1.0, 5: 2.0})]})
         table = ev.table(text, [text], {text: {text: text}})
-        return ev.page(table, curves, [ev.example([text], [a])])
+        return ev.page(table, curves, [ev.example([text], [a], [text])])
 
     hostile = ["<script>alert(1)</script>", '"\' onload=x "', "</p></pre></style>", "&lt;b>&#60;b>"]
     hostile += ["\x00\x1b[31m", "\u202egnp.exe\u2066\u200f", "<!-- <![CDATA[", "{0} %s", "\ud800"]

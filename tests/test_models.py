@@ -21,7 +21,7 @@ def test_scores_and_the_merged_model_agree_with_plain_transformers(family, tmp_p
     kind = [getattr(transformers, family + part) for part in ("ForCausalLM", "Config")]
     folder = save_model(tmp_path / "model", byte_tokenizer(), kind)
     model, tokenizer = sd.load_model(folder, make_config())
-    for adapter in sd.add_adapters(model, 2, 4.0):
+    for adapter in sd.add_adapters(model, 2, 6.0):
         torch.nn.init.normal_(adapter, std=0.1)
     up = model.base_model.layers[0].mlp.up_proj
     prompts, completions = [[3, 4, 5], [6, 7, 8, 9, 10]], [[11, 12, 1], [13, 14]]
@@ -33,7 +33,7 @@ def test_scores_and_the_merged_model_agree_with_plain_transformers(family, tmp_p
     best = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "best")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert type(best) is type(base) and set(best.state_dict()) == set(base.state_dict())
-    merged = base.base_model.layers[0].mlp.up_proj.weight + 4.0 / 2 * up.B @ up.A
+    merged = base.base_model.layers[0].mlp.up_proj.weight + 6.0 / 2 * up.B @ up.A
     torch.testing.assert_close(best.base_model.layers[0].mlp.up_proj.weight, merged)
     rows = []
     for p, c in zip(prompts, completions, strict=True):
