@@ -336,14 +336,15 @@ def example(names, attempts, unfolded):
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
-STYLE = """:root{color-scheme:light dark;--True:#0072b2;--False:#e0600a}
+STYLE = """:root{color-scheme:light dark;--False:light-dark(#e0600a,#f07a28)}
+:root{--True:light-dark(#0072b2,#3aa0e8)} summary{font-weight:bold}
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
-pre{overflow-x:auto;font-size:.8rem} .chart{width:100%;max-width:36rem;font-size:12px}
+.chart{width:100%;max-width:36rem;font-size:12px} pre{overflow-x:auto;font-size:.8rem}
 text{fill:currentColor} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
 .key{display:inline-block;width:40px;height:10px;margin-left:1rem;stroke-width:2.5}
 details div{display:grid;grid-template-columns:3fr 2fr;gap:.3rem 1.5rem;margin:0 0 .8rem 1rem}
-details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere} summary{font-weight:bold}
-i{background:linear-gradient(90deg,#e0600acc,transparent,#0072b2cc)}
+details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+i{background:linear-gradient(90deg,var(--False),transparent,var(--True))}
 [style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
 @media(max-width:48rem){details div{grid-template-columns:1fr}}"""
 
