@@ -337,14 +337,13 @@ def example(names, attempts, unfolded):
 
 
 STYLE = """:root{color-scheme:light dark;--False:light-dark(#e0600a,#f07a28)}
-:root{--True:light-dark(#0072b2,#3aa0e8)} summary{font-weight:bold}
+:root{--True:light-dark(#0072b2,#3aa0e8)} .chart{width:100%;max-width:36rem;font-size:12px}
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
-.chart{width:100%;max-width:36rem;font-size:12px} pre{overflow-x:auto;font-size:.8rem}
-text{fill:currentColor} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
+pre{overflow-x:auto;font-size:.8rem} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
 .key{display:inline-block;width:40px;height:10px;margin-left:1rem;stroke-width:2.5}
 details div{display:grid;grid-template-columns:3fr 2fr;gap:.3rem 1.5rem;margin:0 0 .8rem 1rem}
-details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-i{background:linear-gradient(90deg,var(--False),transparent,var(--True))}
+details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere} text{fill:currentColor}
+i{background:linear-gradient(90deg,var(--False),transparent,var(--True))} summary{font-weight:bold}
 [style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
 @media(max-width:48rem){details div{grid-template-columns:1fr}}"""
 
