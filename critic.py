@@ -64,7 +64,7 @@ def read_problems(path):
             problem = Problem(row["problem"], row["solution"], row["answer"])
             if not all(text.strip() for text in vars(problem).values()):
                 raise ValueError("an empty text")
-            "".join(vars(problem).values()).encode()  # half a character would break a tokenizer
+            "".join(vars(problem).values()).encode()  # a lone surrogate would break a tokenizer
         except Exception as error:  # json raises many types
             wanted = "expected the texts problem, solution and answer"
             raise UserError(f"{path}, line {number}: {wanted}; got {error!r}") from None
@@ -225,7 +225,7 @@ def is_correct(completion, answer):
 
 # ================================================================================ critics
 def cache_file(kind, identity):
-    """The file that keeps what was computed from the identity, as far as it was."""
+    """Path of a cached result. The identity lists all inputs of the result."""
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
     return Path("runs/cache") / f"{kind}-{key[:32]}.json"
 
@@ -236,7 +236,7 @@ class Critique:
     failure: str = ""  # why it failed
 
 
-def usable_walk(text, answer):
+def parse_critique(text, answer):
     """The tagged part of what a critic wrote, if it has steps and the right answer."""
     text = (text or "").rpartition("</think>")[2]
     steps = parse_steps(text)
@@ -248,13 +248,13 @@ def usable_walk(text, answer):
 
 
 def rule_critic(path):
-    """A rule's file has critique(problem, attempt) -> text or None and, if it can, judge."""
+    """A .py critic: critique(problem, attempt) -> text or None; eval.py also uses judge."""
     critique = runpy.run_path(path).get("critique")
     if critique is None:
         raise UserError(f"{path} has no function critique(problem, attempt)")
 
     def ask(rollouts, messages):
-        return [usable_walk(critique(r.problem, r.text), r.problem.answer) for r in rollouts]
+        return [parse_critique(critique(r.problem, r.text), r.problem.answer) for r in rollouts]
 
     return ask
 
@@ -287,33 +287,33 @@ def server_critic(cfg):
             wanted = response.headers.get("Retry-After", "") if status else ""
             time.sleep(min(int(wanted), 60) if wanted.isdigit() else pause)
 
-    def answer(messages):
+    def complete(messages):
         with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
             yield from pool.imap(ask_server, messages)
 
-    return cached(answer, [cfg.critic, cfg.critic_model, cfg.critic_max_tokens])
+    return cached(complete, [cfg.critic, cfg.critic_model, cfg.critic_max_tokens])
 
 
-def cached(answer, identity):
-    """A critic from answer(messages), which yields (text, failure). Keeps each text in a file."""
+def cached(complete, identity):
+    """A critic from complete(messages), which yields (text, failure). Keeps texts in files."""
 
-    def file_of(message):
+    def cache_path(message):
         return cache_file("critic", [identity, message])
 
     def ask(rollouts, messages):
-        new = [message for message in dict.fromkeys(messages) if not file_of(message).exists()]
-        answers = tqdm(answer(new), "critic", len(new), leave=False, disable=not new)
+        new = [message for message in dict.fromkeys(messages) if not cache_path(message).exists()]
+        answers = tqdm(complete(new), "critic", len(new), leave=False, disable=not new)
         failures = {}
         for message, (text, failure) in zip(new, answers, strict=True):
             if failure or not text:
                 failures[message] = Critique(None, failure or "empty answer")
                 continue
-            with atomic_write(file_of(message)) as file:
+            with atomic_write(cache_path(message)) as file:
                 file.write(text.encode("utf-8", "replace"))
         if set(failures) == set(messages):
-            raise UserError(f"the critic answers nothing: {failures[messages[0]].failure}")
+            raise UserError(f"every critique failed: {failures[messages[0]].failure}")
         return [
-            failures.get(m) or usable_walk(file_of(m).read_text("utf-8"), r.problem.answer)
+            failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r.problem.answer)
             for r, m in zip(rollouts, messages, strict=True)
         ]
 

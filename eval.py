@@ -6,11 +6,11 @@
     python eval.py MODEL --data all.jsonl --keep-band 0.05 0.35 --out hard.jsonl
                           keep the problems that the model solves in 5% to 35% of its attempts
 
-A model folder or hub id may stand where a run does. Runs that differ only in their seed share a
-row. Intervals are 95% bootstraps over problems. Sampled attempts are kept in runs/cache. --json
-FILE takes every number, --data FILE has the problems to test on, --k (12) is the attempts at each.
---temperature, --max-new-tokens, --gen-batch, --micro-batch and --device are the first run's, --seed
-is 2, if not given. The page shows attempts of --advantages, else of the base.
+A run can also be a model folder or hub id. Runs that differ only in their seed share a row.
+Intervals are 95% bootstraps over problems. Samples are cached in runs/cache. --json FILE saves all
+numbers, --data FILE sets the test problems, --k (12) the samples per problem. --temperature,
+--max-new-tokens, --gen-batch, --micro-batch and --device default to the first run's values, --seed
+to 2. The page shows attempts of the --advantages model, by default of the base.
 
 Shapes: P problems, S seeds, K kinds of tokens, Q quantities, T tokens of an attempt.
 """
@@ -34,19 +34,19 @@ import critic
 import sd
 from critic import UserError, atomic_write, first_difference, parse_steps
 
-# Kinds of tokens in a wrong attempt: if the critic's rule can judge steps, and if it cannot.
+# Token kinds in a wrong attempt: KINDS if the critic has a judge of steps, else PLACES.
 KINDS = ["right step", "wrong value", "rest of wrong step", "answer"]
-PLACES = ["before first wrong step", "in it", "after it"]
+PLACES = ["before wrong step", "in wrong step", "after wrong step"]
 SETTINGS = ["seed", "temperature", "max_new_tokens", "gen_batch", "micro_batch", "device"]
 
 
 # ================================================================================ runs and models
 @dataclass
 class Subject:
-    model: str  # folder or hub id of the weights; of a run, its best checkpoint
-    base: str  # the model it was trained from, the teacher; of a plain model, itself
-    cfg: sd.Config = None  # of a run: its settings
-    curve: dict = None  # of a run: {step: validation Avg}
+    model: str  # folder or hub id of the weights; a run's best checkpoint
+    base: str  # the teacher: the model a run started from, or the plain model itself
+    cfg: sd.Config = None  # runs only: the settings
+    curve: dict = None  # runs only: {step: validation Avg}
 
     def load(self, cfg):
         """(model, tokenizer). A run's checkpoint is loaded as it was saved, in fp32."""
@@ -76,7 +76,7 @@ def rows_of(subjects):
     rows = {base if len(bases) > 1 else "base": [Subject(base, base)] for base in bases}
     labels = {}
     for run in [s for s in subjects if s.cfg]:
-        recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.FREE, "seed"]))
+        recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.OVERRIDES, "seed"]))
         label = run.model if run.cfg.condition in rows else run.cfg.condition
         rows.setdefault(labels.setdefault(recipe, label), []).append(run)
     return rows
@@ -84,11 +84,11 @@ def rows_of(subjects):
 
 @dataclass
 class Attempt(sd.Rollout):
-    """A rollout, and what a context says of it; without the context, `advantages` is empty."""
+    """A rollout scored under one context. Without a context, `advantages` is empty."""
 
-    ends: list = None  # where its tokens end in the text, behind a 0: 1 + T
-    kinds: list = None  # what its tokens are, if it is a wrong one: T
-    teacher_right: float = math.nan  # 1 if what the teacher itself writes is right
+    ends: list = None  # a 0, then the end of each token in the text: [1 + T]
+    kinds: list = None  # kind of each token; [] if the attempt is right: [T]
+    teacher_right: float = math.nan  # 1 if the teacher's own sample is right
 
 
 def write(path, text):
@@ -101,7 +101,7 @@ def sample(model, tokenizer, asked, cfg):
     """A graded Attempt of each (problem, prompt). A file keeps the token ids of each batch."""
     identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    for start in tqdm(range(0, len(asked), cfg.gen_batch), "sampling", leave=False):
+    for start in tqdm(range(0, len(asked), cfg.gen_batch), model.name_or_path, leave=False):
         batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
         file = critic.cache_file("eval", [identity, settings, start, batch])
         try:
@@ -132,8 +132,7 @@ def intervals(values, names):
     means = values[drawn].nanmean(1)  # [draws, Q]
     ends = means.nanquantile(torch.tensor([0.025, 0.975]), dim=0)  # [2, Q]
     columns = torch.cat([values.nanmean(0)[None], ends]).T.tolist()
-    pairs = zip(names, columns, strict=True)
-    return {name: column for name, column in pairs if not math.isnan(column[0])}
+    return {n: c for n, c in zip(names, columns, strict=True) if not math.isnan(c[0])}
 
 
 def group_scores(attempts):
@@ -162,7 +161,7 @@ def score_rows(rows, scores, names):
     for label, subjects in rows.items():
         shown[label] = intervals(scores[label].mean(0), names)
         steps = [max(s.curve, key=s.curve.get) for s in subjects if s.cfg]
-        if steps and not any(steps):  # no training step was better than none
+        if steps and not any(steps):  # the best checkpoint is the base
             shown[label] = dict.fromkeys(names, "base")
         if len(steps) > 1:
             seeds = scores[label].mean(1).T.tolist()  # [4, S]
@@ -177,47 +176,47 @@ def score_rows(rows, scores, names):
 @torch.no_grad()
 def token_log_probs(model, attempts, cfg):
     """log π(y_t | prompt, y_<t) of every token: [T] for each attempt."""
-    found = []
+    token_values = []
     for start in range(0, len(attempts), cfg.micro_batch):
         batch = attempts[start : start + cfg.micro_batch]
         completions = [a.completion for a in batch]
         states = sd.hidden_states(model, [a.prompt for a in batch], completions)  # [N, H]
         for rows, ids in zip(states.split(list(map(len, completions))), completions, strict=True):
             log_probs = sd.log_probs(model, rows, cfg.temperature)  # [T, V]
-            found.append(log_probs[range(len(ids)), ids].cpu())
-    return found
+            token_values.append(log_probs[range(len(ids)), ids].cpu())
+    return token_values
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
-    """{context: the attempts with what it says of them}, for every context that has a teacher."""
+    """{context: attempts with their advantages under it}, for each context with a teacher."""
     readings = {}
     for name in sd.CONTEXTS:
         copies = [replace(attempt) for attempt in attempts]
         for copy in copies:
             sd.give_context(copy, tokenizer, replace(cfg, condition=name))
-        taught = [copy for copy in copies if copy.teacher_prompt]
-        if not taught:
+        with_teacher = [copy for copy in copies if copy.teacher_prompt]
+        if not with_teacher:
             continue
         readings[name] = copies
-        own = token_log_probs(student, taught, cfg)
-        for attempt in taught:
+        own = token_log_probs(student, with_teacher, cfg)
+        for attempt in with_teacher:
             attempt.prompt = attempt.teacher_prompt
-        told = token_log_probs(teacher, taught, cfg)
-        samples = sample(teacher, tokenizer, [(a.problem, a.prompt) for a in taught], cfg)
-        for i, attempt in enumerate(taught):
+        told = token_log_probs(teacher, with_teacher, cfg)
+        samples = sample(teacher, tokenizer, [(a.problem, a.prompt) for a in with_teacher], cfg)
+        for i, attempt in enumerate(with_teacher):
             attempt.advantages = (told[i] - own[i]).tolist()
             attempt.teacher_right = samples[i].reward
     return readings
 
 
 def token_ends(tokenizer, ids):
-    """Where each token ends in the text, behind a 0. A token's text can depend on those before."""
+    """A 0, then the end of each token in the text. Decoding can depend on earlier tokens."""
     texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    return [len(text.rstrip("\ufffd")) for text in texts]  # without a character that only begins
+    return [len(text.rstrip("\ufffd")) for text in texts]  # drops an incomplete character
 
 
 def token_kinds(attempt, judge):
-    """[T] kinds of a wrong attempt's tokens: KINDS by a judge of steps, or else PLACES.
+    """[T] token kinds of a wrong attempt: KINDS if there is a judge, else PLACES.
 
     None for tokens outside of all steps; [] for other attempts.
     """
@@ -228,7 +227,7 @@ def token_kinds(attempt, judge):
     verdicts = judge(attempt.problem, text) if judge else []
 
     def kind(at):
-        """Of the character there. Behind the text stands the end token."""
+        """Kind of the character. The end token comes after the text."""
         if not judge:
             return PLACES[(at >= wrong.start) + (at >= wrong.end)]
         for step, verdict in zip(parse_steps(text), verdicts, strict=True):
@@ -239,11 +238,11 @@ def token_kinds(attempt, judge):
                     return "right step"
                 return "wrong value" if verdict[0] <= at < verdict[1] else "rest of wrong step"
 
-    # a token is what its last character is
+    # the kind of a token is that of its last character
     return [kind(max(start, end - 1)) for start, end in pairwise(attempt.ends)]
 
 
-def quantity(attempt, name):
+def metric(attempt, name):
     """One number of an attempt under a context, or NaN.
 
     Wrong attempts: mean A_t of a kind of token, and its share of all |A_t| (%). Right attempts:
@@ -264,10 +263,10 @@ def quantity(attempt, name):
 
 
 def analyse(readings, names, k):
-    """{context: {quantity: interval}}, and the row "critique − reference"."""
+    """{context: {metric: interval}}, and the row "critique − reference"."""
     values = {}  # [k * P, Q]
     for context, attempts in readings.items():
-        values[context] = torch.tensor([[quantity(a, name) for name in names] for a in attempts])
+        values[context] = torch.tensor([[metric(a, name) for name in names] for a in attempts])
     if {"critique", "reference"} <= set(values):  # over the attempts that have both
         values["critique − reference"] = values["critique"] - values["reference"]
     means = {row: v.unflatten(0, (k, -1)).nanmean(0) for row, v in values.items()}  # [P, Q]
@@ -354,7 +353,7 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>The band is from the lowest seed to the highest.</p><h2>What the contexts say</h2>
+<p>Lines are means of seeds, bands their range.</p><h2>What the contexts say</h2>
 <p>Each attempt at a problem (right answer in brackets) is shown once for each context, beside the
 text that the context shows to the teacher. The colour of a token is
 A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
@@ -380,12 +379,12 @@ def parse_args(argv):
     for path in map(Path, filter(None, [args.html, args.json, args.out])):
         is_data = path.resolve() == Path(args.data or "").resolve()
         if is_data or path.exists() != path.is_file() or not path.parent.is_dir():
-            parser.error(f"{path} is --data, not a regular file, or in a missing folder")
+            parser.error(f"{path} must be a file in an existing folder, not --data")
     return args
 
 
 def score_contexts(subject, problems, unfolded, k, cfg):
-    """(numbers, text of tables, html of examples) of its attempts under every context."""
+    """(numbers, tables, HTML examples) of the subject's attempts under every context."""
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg)
     attempts = sample_attempts(student, tokenizer, problems, k, cfg)
@@ -399,9 +398,9 @@ def score_contexts(subject, problems, unfolded, k, cfg):
     a, b = [*kinds, "teacher right"], [f"share {kind}" for kind in kinds] + ["pushed down"]
     numbers = analyse(readings, a + b, k)
     ones = [replace(attempt, advantages=[1.0] * len(attempt.kinds)) for attempt in attempts]
-    shares = analyse({"tokens": ones}, b, k) | numbers  # of the tokens themselves, then of |A_t|
-    text = table("A_t in nats, wrong attempts; how often the teacher is right, %", a, numbers)
-    text += table("share of |A_t|, wrong attempts, %; A_t < -0.5, right attempts, %", b, shares)
+    shares = analyse({"tokens": ones}, b, k) | numbers  # shares of all tokens, then of |A_t|
+    text = table("mean A_t in nats, wrong attempts; accuracy of the teacher, %", a, numbers)
+    text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
     columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
     examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]
     return numbers, text, examples

@@ -7,7 +7,7 @@
 The student writes an attempt at a problem. The teacher is the model that training started from,
 with a *context* in its prompt. It scores every token of that attempt, and the student moves towards
 it. After *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173).
-The conditions differ in their context, grpo also in its loss:
+Conditions differ in context; grpo also has a different loss:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
     reference   context: a reference solution, another derivation of the right answer
@@ -109,7 +109,7 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees beside the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher, and then only grpo trains on it
+    teacher_prompt: list[int] | None = None  # None: no teacher; skipped, except in grpo
     advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
     tokens: list[str] = ()  # logged: the text of each token
 
@@ -129,12 +129,12 @@ CONTEXTS = {
     "grpo": lambda r: None,
     "reference": lambda r: r.problem.solution,
     "critique": lambda r: r.critique,
-    # Where does the critique's effect come from? Variants that leave something out, and controls.
+    # Where does the critique's effect come from? Ablations, and controls.
     "answer": lambda r: f"<answer>{r.problem.answer}</answer>",
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the teacher is the base itself: training moves nothing
+    "empty": lambda r: "",  # the teacher is the base itself: the gradient is zero
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -149,7 +149,7 @@ def setting(default, help):
 
 
 @dataclass
-class Everyday:
+class RunSettings:
     condition: Literal[tuple(CONTEXTS)] = setting("critique", "what the teacher sees")
     seed: int = setting(0, "seeds adapters, problem order and sampling")
     out: str | None = setting(None, "folder of the run; by default runs/CONDITION[-SEED]")
@@ -176,7 +176,7 @@ class Method:
     problems_per_step: int = setting(32, "problems in a training step")
     group_size: int | None = setting(None, "rollouts per problem; by default 8 in grpo, else 1")
     lr: float | None = setting(None, "learning rate; by default the condition's own")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "not in grpo")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "unused in grpo")
     temperature: float = setting(1.0, "sampling temperature, also used for scoring")
     max_new_tokens: int = setting(64, "longest completion in tokens")
     lora_rank: int = setting(64, "rank of the adapters")
@@ -196,7 +196,7 @@ class Memory:
 
 
 @dataclass
-class Config(Memory, Method, OwnModel, Everyday):
+class Config(Memory, Method, OwnModel, RunSettings):
     """Every setting. The command line is generated from these classes."""
 
     def __post_init__(self):
@@ -233,7 +233,7 @@ class LoRALinear(nn.Module):
 
 
 def add_adapters(model, rank, alpha):
-    """Freezes the model, puts an adapter on each linear layer of its blocks, and returns these."""
+    """Freezes the model, adapts each linear layer of its blocks, returns the new parameters."""
     model.requires_grad_(False)
     for name, layer in list(model.base_model.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -352,8 +352,8 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
-    In nats. Positive: the context says keep this token; negative: change it. With reverse KL
-    as the loss it is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
+    In nats. Positive: the context favours this token; negative: another. With reverse KL as
+    the loss, A_t is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -394,8 +394,8 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
             prompts = [r.teacher_prompt for r in rollouts]
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
 
-    # The logits of all N tokens would not fit in memory. So backward goes first from each chunk's
-    # loss to its hidden states, and then once from all hidden states through the network.
+    # The logits of all N tokens do not fit in memory. So backward has two stages: from each
+    # chunk's loss to its hidden states, then once from all hidden states through the network.
     leaves = student_states.detach().requires_grad_()
     loss = 0.0
     for start in range(0, len(tokens), cfg.chunk):
@@ -412,8 +412,8 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
         loss += losses.sum().item() / step_tokens
     student_states.backward(leaves.grad)
 
-    of_rollouts = advantages.split([len(c) for c in completions])
-    for rollout, values in zip(rollouts, of_rollouts, strict=True):
+    by_rollout = advantages.split([len(c) for c in completions])
+    for rollout, values in zip(rollouts, by_rollout, strict=True):
         rollout.advantages = values.tolist()
     return loss
 
@@ -439,7 +439,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item()
     if not math.isfinite(loss + grad_norm):
         raise UserError(f"loss {loss}, gradient norm {grad_norm}: stopped; try a lower --lr")
-    optimizer.step()  # with no rollout to train on there is no gradient, and no weight changes
+    optimizer.step()  # without a rollout to train on, gradients are None and this does nothing
     optimizer.zero_grad()
     return rollouts, {"loss": loss, "grad_norm": grad_norm}
 
@@ -481,10 +481,10 @@ def show(rollout, tokenizer):
     lowest = [f"{advantage:.2f} at {paint(text)}" for advantage, text in sorted(pairs)[:3]]
     tqdm.write("attempt: " + " ".join(paint(text, advantage) for advantage, text in pairs))
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
-    tqdm.write(f"A_t says {paint('change it', -9)} or {paint('keep it', 9)}; {', '.join(lowest)}")
+    tqdm.write(f"A_t: {paint('change it', -9)}, {paint('keep it', 9)}; lowest: {', '.join(lowest)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
     if words:
-        tqdm.write(f"WARNING: this model cannot read, in the context: {paint(' '.join(words))}")
+        tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
 
 # ================================================================================ model and critic
@@ -516,7 +516,7 @@ def load_model(name, cfg):
     if tokenizer.pad_token_id not in vocabulary:
         tokenizer.pad_token_id = end_ids[0]
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", 10**9)
-    # A fresh one: the model's own may hold top-k, top-p or penalties, and we score what we sample.
+    # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
     return model, tokenizer
 
@@ -536,7 +536,7 @@ def open_critic(cfg, model, tokenizer):
         model, tokenizer = load_model(cfg.critic, cfg)
     limit = cfg.critic_max_tokens
 
-    def answer(messages):
+    def complete(messages):
         """Yields (text, failure) for each message."""
         prompts = encode_chats(tokenizer, messages)
         with adapters_off():  # a solver that is its own critic uses its base weights
@@ -547,12 +547,12 @@ def open_critic(cfg, model, tokenizer):
             text = tokenizer.decode(completion, skip_special_tokens=True)
             yield text, "" if ended and fits else "cut off"
 
-    return critic.cached(answer, [fingerprint(model), limit])  # as ask, keeping what it answers
+    return critic.cached(complete, [fingerprint(model), limit])  # ask(), with cached answers
 
 
 # ================================================================================ checkpoints
 # Settings that may change on resume; they change results only by rounding.
-FREE = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
+OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
 def open_run(argv):
@@ -566,10 +566,10 @@ def open_run(argv):
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
-        saved = {name: value for name, value in run["settings"].items() if name not in FREE}
+        saved = {k: value for k, value in run["settings"].items() if k not in OVERRIDES}
     except Exception as error:  # torch raises many exception types
         raise UserError(f"cannot resume {folder}: {error}") from None
-    cfg = parse_args(argv, saved)  # but for FREE, the command line may only repeat them
+    cfg = parse_args(argv, saved)  # argv may override some of them
     for name, value in saved.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{folder} was started with --{name} {value}, now {getattr(cfg, name)}")
@@ -654,9 +654,8 @@ def train(cfg, run):
         for step in range(first, cfg.steps + 1):
             row = {"step": step}
             if step > 0:
-                torch.manual_seed(
-                    1_000_003 * cfg.seed + step
-                )  # so that no random state need be saved
+                # seeded per step, so that checkpoints need no random state
+                torch.manual_seed(1_000_003 * cfg.seed + step)
                 batch = batches[step - 1]
                 rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
@@ -684,10 +683,13 @@ def train(cfg, run):
 # ================================================================================ command line
 def parse_args(argv, defaults=None):
     """The settings on the command line. Raises UserError on an invalid value."""
-    groups = [Everyday, OwnModel, Method, Memory]
-    looks = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    groups = [RunSettings, OwnModel, Method, Memory]
+    formatting = {
+        "usage": argparse.SUPPRESS,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
     parser = HfArgumentParser(
-        groups, description=__doc__.partition("The parts")[0], allow_abbrev=False, **looks
+        groups, description=__doc__.partition("The parts")[0], allow_abbrev=False, **formatting
     )
     parser.set_defaults(**defaults or {})
     cfg = Config(**vars(parser.parse_args(argv)))
@@ -702,7 +704,7 @@ def parse_args(argv, defaults=None):
 
 @contextmanager
 def command_line(program):
-    """Ends the program with one line and status 2 if the user or the machine is the cause."""
+    """Turns errors of the user or the machine into a one-line message and exit status 2."""
     sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -99,10 +99,10 @@ def test_a_critique_is_the_tagged_part_of_a_walk_to_the_right_answer():
         f"Step 2 was wrong!\n{WALK} Well done.",  # comments never reach the teacher
         f"<think>hm</think>{tagged('xx')}</think>{WALK}",  # after the last </think>
     ]:
-        assert critic.usable_walk(walk, "9") == Critique(WALK)
+        assert critic.parse_critique(walk, "9") == Critique(WALK)
     for bad in f"{WALK}</think>", None, "<step_1>a</step_1>", "<answer>9</answer>":
-        assert critic.usable_walk(bad, "9") == Critique(None, "no steps or no answer")
-    assert critic.usable_walk(tagged("ab", "8"), "9") == Critique(None, "wrong answer")
+        assert critic.parse_critique(bad, "9") == Critique(None, "no steps or no answer")
+    assert critic.parse_critique(tagged("ab", "8"), "9") == Critique(None, "wrong answer")
 
 
 # ------------------------------------------------------------------------ what models may write
@@ -119,7 +119,7 @@ def read(text):
     rollout = replace(ROLLOUT, text=text, critique=WALK + text)
     critic.is_correct(text, "9")
     critic.is_correct("<answer>9</answer>", text)
-    critic.usable_walk(text, text)
+    critic.parse_critique(text, text)
     sd.CONTEXTS["quote"](rollout)
     sd.CONTEXTS["omit"](rollout)
     assert sd.paint(text, -9.0).isprintable()
@@ -306,7 +306,7 @@ def test_a_refused_key_and_a_server_that_is_not_there_end_the_program(pauses):
         with pytest.raises(UserError, match="refuses the key.*set CRITIC_API_KEY"):
             ask_server(url, *"abc", parallel=1)
         assert not pauses
-    with pytest.raises(UserError, match="answers nothing.*refused"):
+    with pytest.raises(UserError, match="every critique failed.*refused"):
         ask_server(url, *"abc")
     for url in "http:///v1", "http://[::1/v1", "http://127.0.0.1:99999/v1":
         with pytest.raises(UserError, match="is no URL"):
@@ -318,11 +318,11 @@ def test_a_message_is_answered_once_for_all_critics_of_one_identity(monkeypatch,
     asked = []
 
     def ask(identity, *messages, failure=""):
-        def answer(new):
+        def complete(new):
             asked[:] = new
             yield from [(tagged(m) if m != "empty" else "", failure) for m in new]
 
-        answers = critic.cached(answer, identity)([ROLLOUT] * len(messages), messages)
+        answers = critic.cached(complete, identity)([ROLLOUT] * len(messages), messages)
         assert [a.text for a in answers] == [tagged(m) if m != "empty" else None for m in messages]
         return asked
 
@@ -338,7 +338,7 @@ def test_a_message_is_answered_once_for_all_critics_of_one_identity(monkeypatch,
 def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_config, monkeypatch):
     """With the solver's own weights it answers as the base, however far the student has come."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(critic, "usable_walk", lambda text, answer: Critique(text))
+    monkeypatch.setattr(critic, "parse_critique", lambda text, answer: Critique(text))
     ends = [1, *range(4, 80)]  # so that some answers end
     for seed, name in enumerate(["solver", "other"]):
         save_model(name, byte_tokenizer(), ends=ends, seed=seed, max_position_embeddings=48)

@@ -113,9 +113,9 @@ def test_quantities_by_hand():
     wrong = attempt_of(WRONG, kinds=kinds, advantages=[0.5, -4.0, -2.0, 1.5])
     expected = {"right step": 0.5, "wrong value": -3, "share wrong value": 75, "answer": NAN}
     expected |= {"share answer": NAN, "pushed down": NAN, "teacher right": NAN}
-    assert {n: ev.quantity(wrong, n) for n in expected} == pytest.approx(expected, nan_ok=True)
+    assert {n: ev.metric(wrong, n) for n in expected} == pytest.approx(expected, nan_ok=True)
     right = attempt_of(RIGHT, kinds=[], advantages=[-0.5, -0.51, 9.0, -3.0], teacher_right=1.0)
-    assert [ev.quantity(right, name) for name in ("pushed down", "teacher right")] == [50, 100]
+    assert [ev.metric(right, name) for name in ("pushed down", "teacher right")] == [50, 100]
 
     def row(*values):  # two problems, two rounds
         return [attempt_of(WRONG, kinds=["answer"], advantages=[v] if v else []) for v in values]
@@ -235,9 +235,9 @@ runs/nix: there are: runs/broken, runs/c, runs/c-1, runs/g
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
 runs/c --data empty.jsonl: no problems
-runs/c --html runs: regular file
-runs/c --json fifo: regular file
-runs/c --json nowhere/n.json: folder
+runs/c --html runs: must be a file
+runs/c --json fifo: must be a file
+runs/c --json nowhere/n.json: existing folder
 runs/c --data data.jsonl --keep-band 0.3 0.2 --out x: LOW <= HIGH
 runs/c --data data.jsonl --keep-band 0.1 0.2 --out runs/../data.jsonl: --data"""
 

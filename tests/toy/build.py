@@ -6,11 +6,11 @@
 The model is pretrained on problems of scribe.py, with and without a context in the prompt. It
 learns only some of the times tables. Three ingredients make it behave as large models do:
 
-- With a worked solution in the prompt, the values of the products are made up. They can only be
-  read there, so the model learns to read its context.
-- Half of all responses hold a wrong value, which is left out of the loss, and go on from it. So
-  the model follows its own prefix, errors included.
-- Shown a reference, each step goes the reference's way with probability `drift`, else with 0.1.
+- If the prompt holds a worked solution, its products have made-up values. Only the prompt shows
+  them, so the model learns to read its context.
+- Half of all responses contain a wrong value, masked in the loss, and continue from it. So the
+  model follows its own prefix, errors included.
+- With a reference in the prompt, a step imitates it with probability `drift`; otherwise, 0.1.
 """
 
 import argparse
@@ -41,7 +41,7 @@ import sd  # noqa: E402
 FACTS = list(itertools.product(range(1, 10), repeat=2))  # the times tables
 WORDS = ["product", "sum", "of", "and", "is", "*", "+", "=", ".", ":"]
 WORDS += ["Every", "Step", "step", "correct", "wrong", "Correct", "Answer"]
-KNOWN = 14  # of the 36 products without a factor 1, 2 * 3 and 3 * 2 being one: the model knows them
+KNOWN = 14  # products the model knows, of the 36 without a factor 1 (2 * 3 and 3 * 2 count as one)
 LARGEST = 3 * 9 * 9  # the largest answer
 PROBLEMS = {"train": 282, "val": 50, "test": 100}
 STEPS, BATCH = 3000, 32
@@ -108,8 +108,8 @@ def draw_problems() -> list[dict]:
 
 
 # ================================================================================ pretraining
-# Contexts and their weights: a solution in the reference's way, or in the way of the response;
-# its first steps, or some of them; what sd.py makes of an attempt with one error; the answer.
+# Sampling weights. reference, own: a solution in the reference's or the response's way; begun,
+# some: its first or random steps; omit, quote: as in sd.py, one error; answer: its answer.
 CONTEXTS = {"reference": 9, "own": 4, "begun": 1, "some": 1, "omit": 2, "quote": 2, "answer": 1}
 
 
@@ -150,36 +150,36 @@ def solve(rng: random.Random, terms: list, ways: list, made_up: dict, wrong: int
 def draw_sample(rng: random.Random, unknown: list, drift: float, with_context: bool) -> Sample:
     """A problem, perhaps with a context, and a response.
 
-    A product has its right value if it is known and not told by the context, else a made-up one.
+    Products that are unknown or shown in the context get made-up values; the others are right.
     """
     terms, ways, context = rng.choices(FACTS, k=3), draw_ways(rng, 0.1), None
     kind = rng.choices(list(CONTEXTS), CONTEXTS.values())[0] if with_context else "none"
-    about = rng.randint(1, 6)  # the step that the context is about; 6 is the answer
-    told = {
+    context_step = rng.randint(1, 6)  # the step that the context is about; 6 is the answer
+    shown_steps = {
         "none": [],
-        "begun": range(1, about + 1),
+        "begun": range(1, context_step + 1),
         "some": sorted(rng.sample(range(1, 7), k=rng.randint(1, 5))),
-        "omit": [about],
+        "omit": [context_step],
         "answer": [6],
     }.get(kind, range(1, 7))
     steps = map(read_step, work_out(terms, ways)[0])
     facts = {n: (step["a"], step["b"]) for n, step in enumerate(steps, 1) if step.symbol == "*"}
-    told_facts = [fact for n, fact in facts.items() if n in told]
-    made_up = {fact: draw_value(rng, "*") for fact in terms if fact in told_facts + unknown}
-    masked = [n for n, fact in facts.items() if fact in made_up and fact not in told_facts]
+    shown_facts = [fact for n, fact in facts.items() if n in shown_steps]
+    made_up = {fact: draw_value(rng, "*") for fact in terms if fact in shown_facts + unknown}
+    masked = [n for n, fact in facts.items() if fact in made_up and fact not in shown_facts]
 
     walk = solve(rng, terms, ways, made_up)
     if kind == "reference":
         context, ways = solve(rng, terms, [REFERENCE], made_up), draw_ways(rng, drift)
     elif kind in ("omit", "quote"):
-        attempt = solve(rng, terms, ways, made_up, about)
+        attempt = solve(rng, terms, ways, made_up, context_step)
         context = sd.CONTEXTS[kind](SimpleNamespace(text=attempt, critique=walk))
     elif with_context:
         parts = [walk[s.start : s.end] for s in critic.parse_steps(walk)]
-        context = " ".join(parts[n - 1] for n in told)
+        context = " ".join(parts[n - 1] for n in shown_steps)
     wrong = rng.randint(1, 10)  # above 5: none
     if kind == "quote":
-        wrong = about  # the base is not taught to copy the error, nor to correct it
+        wrong = context_step  # the base is not taught to copy the error, nor to correct it
     response = solve(rng, terms, ways, made_up, wrong)
     masked += [wrong] if wrong <= 5 else []
     return Sample(write_problem(terms), context, response, masked)
@@ -238,7 +238,7 @@ def pretrain(tokenizer, seed: int, drift: float) -> Qwen3ForCausalLM:
 # ================================================================================ command line
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds a toy: model, tokenizer and problems.")
-    parser.add_argument("--drift", type=float, default=0.8, help="see above; from 0 to 1")
+    parser.add_argument("--drift", type=float, default=0.8, help="imitation rate, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="changes weights and known facts")
     parser.add_argument("--out", type=Path, required=True, help="folder; must be new or empty")
     args = parser.parse_args()

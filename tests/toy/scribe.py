@@ -7,8 +7,8 @@ A problem is a sum of products of digits, `7*3+1*5+8*8`. There are two ways to w
     reference  product of 8 and 8 is 64, product of 1 and 5 is 5, sum of 64 and 5 is 69, ...
                in words, from the right, each sum as soon as there are two values
 
-The state of the work is a list of terms: a pair (a, b) is a product still to be taken, a number
-is a value still to be added. A step replaces the terms it takes by its value.
+The state is a list of pending terms: a pair (a, b) is a product to compute, a number is a value
+to add. A step replaces the terms it uses by its value.
 """
 
 import re
@@ -53,10 +53,10 @@ def calculate(symbol: str, a: int, b: int) -> int:
     return a * b if symbol == "*" else a + b
 
 
-def replace(terms: list, taken: list, symbol: str, value: int) -> list:
+def replace(terms: list, used: list, symbol: str, value: int) -> list:
     """The terms after a step. A sum comes first: the next sum goes on from it."""
     rest = list(terms)
-    for term in taken:
+    for term in used:
         rest.remove(term)
     return [value, *rest] if symbol == "+" else [*rest, value]
 
@@ -73,51 +73,50 @@ def work_out(terms: list, ways: list, calculate=calculate) -> tuple[list[str], i
         products = [term for term in terms if isinstance(term, tuple)]
         values = [term for term in terms if isinstance(term, int)]
         if len(values) > 1 and (way is REFERENCE or not products):
-            symbol, taken = "+", values[:2]
-            a, b = taken
+            symbol, used = "+", values[:2]
+            a, b = used
         else:
-            symbol, taken = "*", [products[-1 if way is REFERENCE else 0]]
-            a, b = taken[0]
+            symbol, used = "*", [products[-1 if way is REFERENCE else 0]]
+            a, b = used[0]
         value = calculate(symbol, a, b)
         texts.append(way[symbol].format(a, b, value))
-        terms = replace(terms, taken, symbol, value)
+        terms = replace(terms, used, symbol, value)
     return texts, terms[0]
 
 
-def take(terms: list, step: Calculation) -> tuple[list, str | None]:
-    """The terms after an attempt's step, and what is wrong in it first: "a", "b", "value" or None.
+def apply_step(terms: list, step: Calculation) -> tuple[list, str | None]:
+    """The terms after an attempt's step, and its first error: "a", "b", "value" or None.
 
-    An operand that is not there stands in for one that is: the other factor of a product with one
-    factor right, or the first value still to be added. So the steps after it can be right again.
+    A wrong operand still uses up a term: the pending product that shares most factors with the
+    step, or the first pending value. So later steps can be right again.
     """
     operands = [step["a"], step["b"]]
     if step.symbol == "*":
         products = [term for term in terms if isinstance(term, tuple)]
         products.sort(key=lambda product: (Counter(product) & Counter(operands)).total())
-        there = [factor for product in products[-1:] for factor in product]
+        available = [factor for product in products[-1:] for factor in product]
     else:
-        there = [term for term in terms if isinstance(term, int)]
-    taken, wrong = [], None
+        available = [term for term in terms if isinstance(term, int)]
+    used, wrong = [], None
     for name in "ab":
-        if step[name] in there:
-            there.remove(step[name])
-            taken.append(step[name])
+        if step[name] in available:
+            available.remove(step[name])
+            used.append(step[name])
         else:
             wrong = wrong or name
-    taken = products[-1:] if step.symbol == "*" else taken + there[: 2 - len(taken)]
+    used = products[-1:] if step.symbol == "*" else used + available[: 2 - len(used)]
     if not wrong and step["value"] != calculate(step.symbol, *operands):
         wrong = "value"
-    return replace(terms, taken, step.symbol, step["value"]), wrong
+    return replace(terms, used, step.symbol, step["value"]), wrong
 
 
 def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
-    """For each step and answer: None if it is right, else (start, end) of what is wrong first.
+    """For each step and answer: None if it is right, else (start, end) of its first error.
 
-    attempt[start:end] is an operand that is not there, else the value, or the whole text if it
-    cannot be read. A product must still be to be taken; its factors may be swapped. The operands
-    of a sum must be values that the attempt has computed and not yet added, right or wrong: a
-    step that goes on correctly from an earlier error is right. The answer is right if it repeats
-    the one value that is left.
+    attempt[start:end] is the wrong operand, else the wrong value, or the whole text if it is
+    unreadable. A product must be pending; its factors may be swapped. The operands of a sum must
+    be pending values, right or wrong: a step that follows correctly from an earlier error is
+    right. The answer is right if it repeats the only value left.
     """
     terms, verdicts = read_problem(problem.problem), []
     for step in parse_steps(attempt):
@@ -125,7 +124,7 @@ def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
         if step.name == "answer":
             span = None if [step.text.strip()] == [str(term) for term in terms] else span
         elif calculation:
-            terms, wrong = take(terms, calculation)
+            terms, wrong = apply_step(terms, calculation)
             span = calculation.match.span(wrong) if wrong else None
         start = step.start + len(f"<{step.name}>")
         verdicts.append((start + span[0], start + span[1]) if span else None)
@@ -143,21 +142,21 @@ def critique(problem, attempt: str) -> str | None:
     A  all steps right: repeats them          C  unfinished: repeats the steps and finishes
     B  a step is missing: inserts it          D  a wrong step: repeats those before it, rewrites it
 
-    From there it carries on in the way, own or reference, that the attempt has at each place.
+    It then continues in the way, own or reference, that the attempt uses at each step.
     An attempt without a readable step gets a solution in the own way.
     """
-    terms, copied, ways, right = read_problem(problem.problem), [], [], True
+    terms, kept_texts, ways, right = read_problem(problem.problem), [], [], True
     for step in parse_steps(attempt):
         calculation = read_step(step.text)
         if step.name == "answer" or not terms:
             break
-        after, wrong = take(terms, calculation) if calculation else (terms, "text")
+        next_terms, wrong = apply_step(terms, calculation) if calculation else (terms, "text")
         ways.append(calculation.way if calculation else (ways or [OWN])[-1])
         right = right and not wrong
         if right:
-            copied.append(step.text)
-            terms = after
+            kept_texts.append(step.text)
+            terms = next_terms
     if not terms:
         return None
-    texts, answer = work_out(terms, ways[len(copied) :] or ways[-1:] or [OWN])
-    return join_steps(copied + texts, answer)
+    texts, answer = work_out(terms, ways[len(kept_texts) :] or ways[-1:] or [OWN])
+    return join_steps(kept_texts + texts, answer)
