@@ -20,7 +20,7 @@ The parts of a training step, and their functions:
     3. student      log π_θ(· | x, y_<t) at every completion token t     hidden_states, log_probs
     4. teacher      log π_0(· | x, c, y_<t): adapters off, no gradient   the same two
     5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)     token_advantages
-                    how much the context favours token t; logged, not in the loss
+                    how much more the teacher favours token t; logged, not in the loss
     6. loss         KL(teacher_t ‖ student_t) at every token                                   kl
        or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r         group_advantages
                     averaged over all tokens that the step trains on         accumulate_gradients
@@ -109,7 +109,7 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees beside the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher; skipped, except in grpo
+    teacher_prompt: list[int] | None = None  # None: no teacher; trained on in grpo alone
     advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
     tokens: list[str] = ()  # logged: the text of each token
 
@@ -117,7 +117,7 @@ class Rollout:
 # correction(attempt, critique): "Step 2 is wrong. Correct: <step_2>...</step_2>", or praise.
 def omit(r):
     """As `quote` below, but the attempt is left out: "Step 1 is correct. Step 2 is wrong. ..."."""
-    wrong = first_difference(r.text, r.critique)  # a Step, with title "Step 2" and start; or None
+    wrong = first_difference(r.text, r.critique)  # the attempt's Step (.title, .start), or None
     right = [step for step in parse_steps(r.text) if wrong is None or step.start < wrong.start]
     verdicts = [f"{step.title} is correct." for step in right]
     return " ".join([*verdicts, correction(r.text, r.critique)])
@@ -134,7 +134,7 @@ CONTEXTS = {
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the teacher is the base itself: the gradient is zero
+    "empty": lambda r: "",  # teacher and student stay the same: the gradient is zero
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -352,7 +352,7 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
-    In nats. Positive: the context favours this token; negative: another. With reverse KL as
+    In nats. Positive: the teacher favours this token more than the student. With reverse KL as
     the loss, A_t is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
@@ -475,7 +475,7 @@ def paint(text, advantage=0.0):
 def show(rollout, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
-    if not rollout.context:  # no teacher, so no A_t
+    if not rollout.teacher_prompt:  # no teacher, so no A_t
         return tqdm.write(f"attempt: {paint(rollout.text)}")
     pairs = list(zip(rollout.advantages, rollout.tokens, strict=True))
     lowest = [f"{advantage:.2f} at {paint(text)}" for advantage, text in sorted(pairs)[:3]]
@@ -522,7 +522,7 @@ def load_model(name, cfg):
 
 
 def fingerprint(model):
-    """Hashes that change if any weight does. Taken before adapters are added."""
+    """Hashes of the weights, which change if a weight does. Taken before adapters are added."""
     return [torch.hash_tensor(p).item() for p in model.parameters()]
 
 
@@ -551,7 +551,7 @@ def open_critic(cfg, model, tokenizer):
 
 
 # ================================================================================ checkpoints
-# Settings that may change on resume; they change results only by rounding.
+# Settings that may change on resume. Another kind of device draws other random numbers.
 OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 

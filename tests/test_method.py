@@ -116,13 +116,13 @@ def test_a_context_that_raises_is_named_with_its_line(make_config, monkeypatch):
 
 def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    tokens = {"tokens": ["a", "b", "c\x1b"], "advantages": [-2.0, 0.5, 3.0]}
-    rollout = sd.Rollout(PROBLEM, [], [], "abc", 0.0, context="Oh dear 9 Step", **tokens)
+    logged = {"tokens": ["a", "b", "c\x1b"], "advantages": [-2, 0.5, 3], "teacher_prompt": [1]}
+    rollout = sd.Rollout(PROBLEM, [], [], "abc", 0.0, context="Oh dear 9 Step", **logged)
     sd.show(rollout, tiny[1])
     shown = capsys.readouterr().out
     assert "attempt: \x1b[97;48;5;166ma\x1b[0m b \x1b[97;48;5;25mc \x1b[0m\n" in shown
     assert "lowest: -2.00 at a, 0.50 at b, 3.00 at c" in shown and "this model: Oh dear\n" in shown
-    sd.show(replace(rollout, context=None), tiny[1])
+    sd.show(replace(rollout, teacher_prompt=None), tiny[1])
     assert "A_t" not in capsys.readouterr().out  # in grpo there is none
 
 
