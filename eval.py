@@ -9,8 +9,8 @@
 A run can also be a model folder or hub id. Runs that differ only in their seed share a row.
 Intervals are 95% bootstraps over problems. Samples are cached in runs/cache. --json FILE saves all
 numbers, --data FILE sets the test problems, --k (12) the samples per problem. --temperature,
---max-new-tokens, --gen-batch, --micro-batch and --device default to the first run's values, --seed
-to 2. The page shows attempts of the --advantages model, by default of the base.
+--max-new-tokens, --gen-batch, --micro-batch, --critic and --device default to the first run's
+values, --seed to 2. The page shows attempts of the --advantages model, by default of the base.
 
 Shapes: P problems, S seeds, K kinds of tokens, Q quantities, T tokens of an attempt.
 """
@@ -37,7 +37,7 @@ from critic import UserError, atomic_write, first_difference, parse_steps
 # Token kinds in a wrong attempt: KINDS if the critic has a judge of steps, else PLACES.
 KINDS = ["right step", "wrong value", "rest of wrong step", "answer"]
 PLACES = ["before wrong step", "in wrong step", "after wrong step"]
-SETTINGS = ["seed", "temperature", "max_new_tokens", "gen_batch", "micro_batch", "device"]
+SETTINGS = ["seed", "temperature", "max_new_tokens", "gen_batch", "micro_batch", "device", "critic"]
 
 
 # ================================================================================ runs and models
