@@ -1,20 +1,18 @@
-"""Prepares a small pretrained chat model for sd.py, on sums that it finds hard. Two passes:
+"""Prepares a small pretrained chat model for sd.py, on sums that it finds hard.
 
-    python tests/sums/prepare.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/sums-1
-    python tests/sums/prepare.py --model runs/sums-1 --out runs/sums \\
-        --steps 24 --wrong-share 0.9 --seed 1
+    python tests/sums/prepare.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/sums
     python sd.py --model runs/sums --data runs/sums --critic tests/sums/scribe.py \\
-        --dtype bfloat16 --condition critique --max_new_tokens 110 --out runs/sums-critique
+        --dtype bfloat16 --condition critique --max-new-tokens 110 --out runs/sums-critique
 
-Large chat models keep to a format, read a hint, and go on from their own errors. A small one has to
-be taught that, by a few steps of fine-tuning on sums drawn at random:
+Large chat models keep to a format, read a hint, and continue from their own errors. A small one has
+to be taught that, by a few steps of fine-tuning on random sums:
 
-- A third of the prompts are the student's. The others hold a hint and are the teacher's: a solution
-  in the way of the answer, or a reference solution. Shown a reference, the answer goes its way
-  with probability `FOLLOW`, else with probability `SLIP`.
-- A share of the answers (`--wrong-share`) hold a wrong value. It is left out of the loss, and the
-  steps after it go on from it. A teacher that saw too few of them answers its hint where it should
-  go on from the student's error. Training then makes the student worse: so the second pass.
+- A third of the prompts are the student's. The others contain a hint and are the teacher's: a
+  solution in the way of the answer, or a reference solution. With a reference in the prompt, the
+  answer goes its way with probability `FOLLOW`; otherwise, with probability `SLIP`.
+- A share of the answers (`--wrong-share`) contain a wrong value. It is masked in the loss, and the
+  steps after it continue from it. Without such answers, the teacher follows its hint where it
+  should continue from the student's error.
 
 The folder then holds the model, its tokenizer, and train, val and test.jsonl.
 """
