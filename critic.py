@@ -262,7 +262,7 @@ def rule_critic(path):
 def server_critic(cfg):
     """The critic on an OpenAI-compatible server. Raises UserError if it refuses the key."""
     if not re.fullmatch(r"https?://([\w.-]+|\[[\w:]+\])(:[1-6]?[0-9]{1,4})?(/.*)?", cfg.critic):
-        raise UserError(f"--critic {cfg.critic} is no URL: expected http://HOST:PORT/v1")
+        raise UserError(f"--critic {cfg.critic} is not a URL such as http://HOST:PORT/v1")
     # With no key the client would send the user's Hugging Face token to this server.
     key = os.environ.get("CRITIC_API_KEY", "none")
     client = InferenceClient(base_url=cfg.critic, api_key=key, timeout=600)  # seconds without data

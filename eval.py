@@ -357,7 +357,7 @@ Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pr
 <p>Each attempt at a problem (right answer in brackets) is shown once for each context, beside the
 text that the context shows to the teacher. The colour of a token is
 A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
-student, in nats: <i>change it (−5) … keep it (+5)</i>. Point at a token to see its value.</p>
+student, in nats: <i>change it (−5) … keep it (+5)</i>. Hover over a token to see its value.</p>
 {"".join(examples)}</html>"""
 
 

@@ -316,13 +316,13 @@ def give_context(rollout, tokenizer, cfg):
         return
     try:
         context = CONTEXTS[cfg.condition](rollout)
+        message = solver_message(rollout.problem, context)
     except Exception as error:
         line = CONTEXTS[cfg.condition].__code__.co_firstlineno
         error.add_note(f"raised by the context {cfg.condition}, line {line} of sd.py")
         raise
     if context is None:
         return
-    message = solver_message(rollout.problem, context)
     prompt = encode_chats(tokenizer, [message], cfg.teacher_thinking)[0]
     if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:
         rollout.context, rollout.teacher_prompt = context, prompt
@@ -481,7 +481,8 @@ def show(rollout, tokenizer):
     lowest = [f"{advantage:.2f} at {paint(text)}" for advantage, text in sorted(pairs)[:3]]
     tqdm.write("attempt: " + " ".join(paint(text, advantage) for advantage, text in pairs))
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
-    tqdm.write(f"A_t: {paint('change it', -9)}, {paint('keep it', 9)}; lowest: {', '.join(lowest)}")
+    tqdm.write(f"A_t < 0: {paint('change it', -9)}, A_t > 0: {paint('keep it', 9)}")
+    tqdm.write(f"lowest A_t: {', '.join(lowest)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
     if words:
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
@@ -562,7 +563,9 @@ def open_run(argv):
     if not cfg.resume:
         # last.pt.new is left over if the first save was killed
         if folder.exists() and set(os.listdir(folder)) - {"last.pt.new"}:
-            raise UserError(f"{folder} is not empty: choose another --out, or --resume its run")
+            raise UserError(
+                f"{folder} is not empty: choose another --out, delete it, or --resume its run"
+            )
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
@@ -721,7 +724,7 @@ def command_line(program):
 def main(argv):
     with command_line("sd.py"):
         cfg, run = open_run(argv)
-        print(cfg.condition, *argv)
+        print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv)
         train(cfg, run)
     import eval as test  # prints the table; imported here because it imports this file
 

@@ -309,7 +309,7 @@ def test_a_refused_key_and_a_server_that_is_not_there_end_the_program(pauses):
     with pytest.raises(UserError, match="every critique failed.*refused"):
         ask_server(url, *"abc")
     for url in "http:///v1", "http://[::1/v1", "http://127.0.0.1:99999/v1":
-        with pytest.raises(UserError, match="is no URL"):
+        with pytest.raises(UserError, match="is not a URL"):
             ask_server(url, "a")
 
 

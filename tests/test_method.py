@@ -103,7 +103,7 @@ def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, mak
 
 
 def test_a_context_that_raises_is_named_with_its_line(make_config, monkeypatch):
-    for broken in (lambda r: r.no_such_thing), (lambda: "no argument"):
+    for broken in (lambda r: r.no_such_thing), (lambda: "no argument"), (lambda r: 42):
         monkeypatch.setitem(sd.CONTEXTS, "empty", broken)
         with pytest.raises((AttributeError, TypeError)) as raised:
             sd.give_context(
@@ -121,7 +121,7 @@ def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
     sd.show(rollout, tiny[1])
     shown = capsys.readouterr().out
     assert "attempt: \x1b[97;48;5;166ma\x1b[0m b \x1b[97;48;5;25mc \x1b[0m\n" in shown
-    assert "lowest: -2.00 at a, 0.50 at b, 3.00 at c" in shown and "this model: Oh dear\n" in shown
+    assert "lowest A_t: -2.00 at a, 0.50 at b, 3.00 at c\n" in shown and ": Oh dear\n" in shown
     sd.show(replace(rollout, teacher_prompt=None), tiny[1])
     assert "A_t" not in capsys.readouterr().out  # in grpo there is none
 
