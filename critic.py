@@ -1,7 +1,7 @@
-"""Problems, step-tagged text, answers compared by value, and critics. Knows nothing of training.
+"""Problems, step-tagged text, answers compared by value, and critics. Independent of training.
 
-A critic writes a corrected walk through an attempt. It is a rule from a Python file, a local model
-or a server. Each answers ask(rollouts, messages) -> [Critique].
+A critic writes a corrected version of an attempt. It is a rule from a Python file, a local model
+or a server. Each is an ask(rollouts, messages) -> [Critique].
 """
 
 import hashlib
@@ -120,7 +120,7 @@ def parse_steps(attempt):
 
 
 def first_difference(attempt, critique):
-    """The attempt's first step (or answer) that the critique does not repeat there; else None."""
+    """The attempt's first step (or answer) that the critique does not repeat in place."""
     for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
         named_alike = ours and theirs and ours.name == theirs.name
         if not (named_alike and ours.text.split() == theirs.text.split()):
@@ -163,7 +163,7 @@ RULES = [  # (pattern, replacement), in this order
     (r"([\^_])(?:\{(-?[0-9]+|[A-Za-z])\}|([0-9]+|[A-Za-z]))", r"\1\2\3 "),  # x^{2}y, x^2y
     (r"(\\[a-z]+) (?=[0-9])", r"\1"),  # \times 10
     (r"\s+", " "),
-    (r" ?([^\w\s,.]) ?", r"\1"),  # commas keep theirs: "1, 234" is no number
+    (r" ?([^\w\s,.]) ?", r"\1"),  # commas keep spaces: "1, 234" is no number
     (r"^[ *:]+|[ *.,;:]+$", ""),
     (r"(?i)^(?:the )?(?:final )?answer(?: is)?:? ?", ""),
     (r"^\\boxed\{(.*)\}$", r"\1"),
@@ -193,7 +193,7 @@ def read_answer(text):
     1/2, 0.5, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." agree. Sets, pairs and
     expressions are compared as written, except for white space and LaTeX spelling.
     """
-    if len(text) > 1000:  # no answer; and Python refuses numbers of 4,300 digits
+    if len(text) > 1000:  # too long; Python refuses numbers over 4,300 digits
         return text, ""
     for pattern, replacement in RULES * 2:  # twice, as in \boxed{\boxed{3}}
         text = re.sub(pattern, replacement, text)
@@ -232,7 +232,7 @@ def cache_file(kind, identity):
 
 @dataclass
 class Critique:
-    text: str | None  # the corrected walk; None if the critic failed
+    text: str | None  # the corrected text; None if the critic failed
     failure: str = ""  # why it failed
 
 

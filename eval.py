@@ -6,7 +6,7 @@
     python eval.py MODEL --data all.jsonl --keep-band 0.05 0.35 --out hard.jsonl
                           keep the problems that the model solves in 5% to 35% of its attempts
 
-A run can also be a model folder or hub id. Runs that differ only in their seed share a row.
+A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
 Intervals are 95% bootstraps over problems. Samples are cached in runs/cache. --json FILE saves all
 numbers, --data FILE sets the test problems, --k (12) the samples per problem. --temperature,
 --max-new-tokens, --gen-batch, --micro-batch, --critic and --device default to the first run's
@@ -119,7 +119,7 @@ def sample(model, tokenizer, asked, cfg):
 
 
 def sample_attempts(model, tokenizer, problems, k, cfg):
-    """k attempts at each problem; neighbours are at different ones, as `shuffled` needs."""
+    """k attempts at each problem; neighbours differ in problem, as `shuffled` needs."""
     prompts = sd.encode_chats(tokenizer, [sd.solver_message(p) for p in problems])
     return sample(model, tokenizer, list(zip(problems, prompts, strict=True)) * k, cfg)
 
@@ -246,7 +246,7 @@ def metric(attempt, name):
     """One number of an attempt under a context, or NaN.
 
     Wrong attempts: mean A_t of a kind of token, and its share of all |A_t| (%). Right attempts:
-    tokens that are pushed down, A_t < -0.5 (%). All: is the teacher right (%).
+    tokens that are pushed down, A_t < -0.5 (%). All: teacher accuracy (%).
     """
     advantages = attempt.advantages
     if name == "teacher right":
@@ -287,7 +287,7 @@ def table(title, columns, rows):
 
 
 def escape(text):
-    """Text for HTML. What cannot be printed shows as U+FFFD: control and bidi characters too."""
+    """Text for HTML. Unprintable characters, control and bidi included, become U+FFFD."""
     return html.escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
@@ -372,7 +372,7 @@ def parse_args(argv):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     args = parser.parse_intermixed_args(argv)
     if args.k < 1 or not (args.subjects or args.advantages):
-        parser.error("it takes a run or a model, and --k of at least 1; see --help")
+        parser.error("needs a run or a model, and --k of at least 1; see --help")
     band = args.keep_band
     if band and not (len(args.subjects) == 1 and args.data and args.out and band == sorted(band)):
         parser.error("--keep-band LOW HIGH takes LOW <= HIGH, one model, --data and --out")

@@ -114,9 +114,9 @@ class Rollout:
     tokens: list[str] = ()  # logged: the text of each token
 
 
-# correction(attempt, critique): "Step 2 is wrong. Correct: <step_2>...</step_2>", or praise.
+# correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
 def omit(r):
-    """As `quote` below, but the attempt is left out: "Step 1 is correct. Step 2 is wrong. ..."."""
+    """Like `quote` below, but without the attempt: "Step 1 is correct. Step 2 is wrong. ..."."""
     wrong = first_difference(r.text, r.critique)  # the attempt's Step (.title, .start), or None
     right = [step for step in parse_steps(r.text) if wrong is None or step.start < wrong.start]
     verdicts = [f"{step.title} is correct." for step in right]
@@ -490,7 +490,7 @@ def show(rollout, tokenizer):
 
 # ================================================================================ model and critic
 def load_model(name, cfg):
-    """Loads (model, tokenizer) from a folder or hub id. Raises UserError on what it cannot use."""
+    """Loads (model, tokenizer) from a folder or hub id. Raises UserError on unusable models."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         encode_chats(tokenizer, ["a message"])  # raises if the chat template is missing or broken
@@ -564,7 +564,7 @@ def open_run(argv):
         # last.pt.new is left over if the first save was killed
         if folder.exists() and set(os.listdir(folder)) - {"last.pt.new"}:
             raise UserError(
-                f"{folder} is not empty: choose another --out, delete it, or --resume its run"
+                f"{folder} is not empty: --resume it, delete it, or choose another --out"
             )
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
@@ -707,7 +707,7 @@ def parse_args(argv, defaults=None):
 
 @contextmanager
 def command_line(program):
-    """Turns errors of the user or the machine into a one-line message and exit status 2."""
+    """Turns user and system errors into a one-line message and exit status 2."""
     sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -716,7 +716,7 @@ def command_line(program):
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
         text = " ".join(paint(str(error)).split()) or "interrupted"
         if isinstance(error, RuntimeError) and "memory" not in text:
-            raise  # a bug of ours; torch has no type for a CPU out of memory
+            raise  # a bug of ours; out of memory on a CPU is a RuntimeError, too
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
 

@@ -121,7 +121,7 @@ def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
     sd.show(rollout, tiny[1])
     shown = capsys.readouterr().out
     assert "attempt: \x1b[97;48;5;166ma\x1b[0m b \x1b[97;48;5;25mc \x1b[0m\n" in shown
-    assert "lowest A_t: -2.00 at a, 0.50 at b, 3.00 at c\n" in shown and ": Oh dear\n" in shown
+    assert "lowest A_t: -2.00 at a, 0.50 at b, 3.00 at c" in shown and ": Oh dear\n" in shown
     sd.show(replace(rollout, teacher_prompt=None), tiny[1])
     assert "A_t" not in capsys.readouterr().out  # in grpo there is none
 

@@ -7,12 +7,12 @@
 Large chat models keep to a format, read a hint, and continue from their own errors. A small one has
 to be taught that, by a few steps of fine-tuning on random sums:
 
-- A third of the prompts are the student's. The others contain a hint and are the teacher's: a
-  solution in the way of the answer, or a reference solution. With a reference in the prompt, the
-  answer goes its way with probability `FOLLOW`; otherwise, with probability `SLIP`.
-- A share of the answers (`--wrong-share`) contain a wrong value. It is masked in the loss, and the
-  steps after it continue from it. Without such answers, the teacher follows its hint where it
-  should continue from the student's error.
+- A third of the prompts are the student's. The others are the teacher's and contain a hint: a
+  solution in the way of the response, or a reference solution. A response goes the reference's way
+  with probability `FOLLOW` if the prompt has a reference, otherwise `SLIP`.
+- A share of the responses (`--wrong-share`) contain a wrong value. It is masked in the loss, and
+  the steps after it continue from it. Without them, the teacher follows its hint where it should
+  continue from the student's error.
 
 The folder then holds the model, its tokenizer, and train, val and test.jsonl.
 """
@@ -76,7 +76,7 @@ class Sample:
 
 
 def change_digit(rng: random.Random, value: int) -> int:
-    """A wrong value that looks right: one digit is another one."""
+    """A plausible wrong value: one digit differs."""
     digits = list(str(value))
     at = rng.randrange(len(digits))
     digits[at] = rng.choice([d for d in "0123456789" if d != digits[at] and (at or d != "0")])
@@ -101,7 +101,7 @@ def draw_sample(rng: random.Random, args, with_hint: bool) -> Sample:
 
 
 def encode(tokenizer, samples: list[Sample], end: int) -> tuple[list, list, list]:
-    """Token ids of prompts and responses, end token included, and what of a response is trained."""
+    """Token ids of prompts and responses, end token included, and masks of the trained tokens."""
     prompts = sd.encode_chats(tokenizer, [sd.solver_message(s.problem, s.hint) for s in samples])
     responses, trained = [], []
     for sample in samples:
@@ -142,10 +142,10 @@ def fine_tune(model, tokenizer, args) -> None:
 
 # ================================================================================ command line
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prepares a chat model for sums, with problems.")
+    parser = argparse.ArgumentParser(description="Prepares a chat model and a data set of sums.")
     parser.add_argument("--model", required=True, help="folder or hub id of a chat model")
     parser.add_argument("--out", type=Path, required=True, help="folder; must be new or empty")
-    parser.add_argument("--wrong-share", type=float, default=0.6, help="see above; from 0 to 1")
+    parser.add_argument("--wrong-share", type=float, default=0.6, help="responses with errors")
     parser.add_argument("--terms", type=int, default=4, help="numbers in a sum")
     parser.add_argument("--digits", type=int, default=2, help="digits of each number")
     parser.add_argument("--steps", type=int, default=STEPS, help="fine-tuning steps")

@@ -7,15 +7,15 @@ There are two ways to work out `34 + 57 + 86`:
     reference  add 10s: 30 + 50 + 80 = 160, add 1s: 4 + 7 + 6 = 17, add all: 160 + 17 = 177
                one place at a time
 
-The state of the work is a pair: the terms still to be added, a running total first, and the sums
-of whole places. Together they add up to the answer as long as every step is right.
+The state is a pair: the terms still to be added (a running total comes first) and the sums of
+whole places. Together they add up to the answer as long as every step is right.
 """
 
 import re
 
 from critic import parse_steps
 
-OWN, REFERENCE = "", "add all: "  # the first words of a step; the reference's other: "add 10s: "
+OWN, REFERENCE = "", "add all: "  # first words of a step; the reference also has "add 10s: "
 STEP = re.compile(r"\s*(add (?:10*s|all): )?[0-9]{1,99}(?: \+ [0-9]{1,99})+ = [0-9]{1,99}\s*")
 
 
@@ -46,7 +46,7 @@ def operands_there(state: tuple, words: str) -> list[int]:
 
 
 def replace(state: tuple, words: str, rest: list[int], value: int) -> tuple[list[int], list[int]]:
-    """The state after a step. rest: operands that were there and that the step does not take."""
+    """The state after a step. rest: available operands that the step does not take."""
     terms, sums = state
     if not place_of(words):
         return [value, *rest], []
@@ -56,9 +56,9 @@ def replace(state: tuple, words: str, rest: list[int], value: int) -> tuple[list
 
 
 def work_out(state: tuple, words: str = OWN, add=sum) -> tuple[list[str], int]:
-    """Goes on from the state, in the way of a step with these words: texts of the steps, answer.
+    """Continues from the state in the way of a step with these words: (step texts, answer).
 
-    add: the value of some operands; prepare.py passes its own, which makes errors.
+    add: computes a step's value; prepare.py passes one that makes errors.
     """
     texts = []
     while len(state[0] + state[1]) > 1:
@@ -74,9 +74,9 @@ def work_out(state: tuple, words: str = OWN, add=sum) -> tuple[list[str], int]:
 
 
 def take(state: tuple, text: str) -> tuple[tuple, tuple[int, int] | None]:
-    """The state after an attempt's step, and the span of what is wrong in it first, or None.
+    """The state after an attempt's step, and the span of its first error, or None.
 
-    An operand that is not there stands in for one that is. So the steps after it can be right.
+    An unavailable operand uses up an available one. So later steps can still be right.
     """
     step = read_step(text)
     rest = operands_there(state, step[0]) if step else []
@@ -89,19 +89,19 @@ def take(state: tuple, text: str) -> tuple[tuple, tuple[int, int] | None]:
             rest.remove(operand)
         else:
             wrong.append(number)
-    if value != sum(operands) or (place_of(words) and rest):  # of a place, all are to be added
+    if value != sum(operands) or (place_of(words) and rest):  # a place must be added in full
         wrong.append(total)
     rest = rest[sum(number is not total for number in wrong) :]
     return replace(state, words, rest, value), wrong[0].span() if wrong else None
 
 
 def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
-    """For each step and answer: None if it is right, else (start, end) of what is wrong first.
+    """For each step and answer: None if it is right, else (start, end) of its first error.
 
-    attempt[start:end] is an operand that is not there, else the value, or the whole text if it
-    cannot be read. The operands must be terms of the problem, or values that the attempt has
-    computed, right or wrong, that have not been added yet: a step that goes on correctly from an
-    earlier error is right. The answer is right if it repeats the one value that is left.
+    attempt[start:end] is an unavailable operand, else the value, or the whole text if it cannot
+    be read. Available are terms, and values that the attempt has computed, right or wrong, until
+    they are added: a step that continues correctly from an earlier error is right. The answer is
+    right if it repeats the one value that is left.
     """
     state, verdicts = (read_problem(problem.problem), []), []
     for step in parse_steps(attempt):
@@ -126,7 +126,7 @@ def critique(problem, attempt: str) -> str | None:
     A  all steps right: repeats them          C  unfinished: repeats the steps and finishes
     B  a step is missing: inserts it          D  a wrong step: repeats those before it, rewrites it
 
-    From there it carries on in the way, own or reference, of the step that it rewrites.
+    From there it continues in the way, own or reference, of the last step it read.
     """
     state, copied, words = (read_problem(problem.problem), []), [], OWN
     if not state[0]:
