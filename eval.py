@@ -12,7 +12,7 @@ numbers, --data FILE sets the test problems, --k (12) the samples per problem. -
 --max-new-tokens, --gen-batch, --micro-batch, --critic and --device default to the first run's
 values, --seed to 2. The page shows attempts of the --advantages model, by default of the base.
 
-Shapes: P problems, S seeds, K kinds of tokens, Q quantities, T tokens of an attempt.
+Shapes: P problems, S seeds, Q quantities, T tokens of an attempt.
 """
 
 import argparse
@@ -101,7 +101,8 @@ def sample(model, tokenizer, asked, cfg):
     """A graded Attempt of each (problem, prompt). A file keeps the token ids of each batch."""
     identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    for start in tqdm(range(0, len(asked), cfg.gen_batch), model.name_or_path, leave=False):
+    title = f"test: {model.name_or_path}"
+    for start in tqdm(range(0, len(asked), cfg.gen_batch), title, leave=False):
         batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
         file = critic.cache_file("eval", [identity, settings, start, batch])
         try:
@@ -216,10 +217,7 @@ def token_ends(tokenizer, ids):
 
 
 def token_kinds(attempt, judge):
-    """[T] token kinds of a wrong attempt: KINDS if there is a judge, else PLACES.
-
-    None for tokens outside of all steps; [] for other attempts.
-    """
+    """[T] KINDS (with a judge) or PLACES of a wrong attempt's tokens, None outside steps; or []."""
     text = attempt.text
     wrong = first_difference(text, attempt.critique or text)
     if attempt.reward or not (judge or wrong):
@@ -415,7 +413,8 @@ def report(args):
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
     if not problems:
         raise UserError(f"{args.data} has no problems")
-    rows, k = rows_of(subjects), args.k
+    rows = rows_of(subjects)
+    k = args.k
     numbers, tables, examples = {}, "", []
     scores = {label: measure(row, problems, k, cfg) for label, row in rows.items()}
     if rows:

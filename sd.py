@@ -125,6 +125,7 @@ def omit(r):
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a text, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
+# The toy reads only the words listed in tests/toy/README.md.
 CONTEXTS = {
     "grpo": lambda r: None,
     "reference": lambda r: r.problem.solution,
