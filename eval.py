@@ -352,6 +352,8 @@ def page(tables, curves, examples):
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
 <p>Lines are means of seeds, bands their range.</p><h2>What the contexts say</h2>
+<p>reference: the reference solution; critique: the attempt, corrected; quote: the attempt, then the
+correction; omit: verdicts, then the correction; shuffled: a critique of another problem.</p>
 <p>Each attempt at a problem (right answer in brackets) is shown once for each context, beside the
 text that the context shows to the teacher. The colour of a token is
 A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
