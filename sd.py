@@ -2,7 +2,7 @@
 
     python sd.py --condition reference --seed 1
     python sd.py --condition critique --resume
-    python sd.py --model Qwen/Qwen3-0.6B --data problems.jsonl --critic http://localhost:8000/v1
+    python sd.py --model Qwen/Qwen3-0.6B --data all.jsonl --critic http://localhost:8000/v1 ...
 
 The student writes an attempt at a problem. The teacher is the model that training started from,
 with a *context* in its prompt. It scores every token of that attempt, and the student moves towards

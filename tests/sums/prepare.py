@@ -2,7 +2,7 @@
 
     python tests/sums/prepare.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/sums
     python sd.py --model runs/sums --data runs/sums --critic tests/sums/scribe.py \\
-        --dtype bfloat16 --condition critique --max-new-tokens 110 --out runs/sums-critique
+        --dtype bfloat16 --lr 5e-5 --max-new-tokens 110 --out runs/sums-critique
 
 Large chat models keep to a format, read a hint, and continue from their own errors. A small one has
 to be taught that, by a few steps of fine-tuning on random sums:
