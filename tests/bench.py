@@ -127,7 +127,7 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
         model, tokenizer = network("25M", vocabulary)
         options = {"per_device_train_batch_size": count, "max_completion_length": length}
         options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": recompute}
-        options |= {"report_to": "none", "save_strategy": "no", "output_dir": "/tmp/trl"}
+        options |= {"report_to": "none", "save_strategy": "no", "output_dir": "runs/trl"}
         trainer = GRPOTrainer(
             model,
             reward_funcs=lambda completions, **_: [float(len(c) % 2 == 0) for c in completions],
