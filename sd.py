@@ -34,9 +34,9 @@ N completion tokens of a micro-batch, without padding, n of a chunk; H hidden si
 """
 
 import argparse
+import copy
 import json
 import math
-import os
 import random
 import sys
 from contextlib import contextmanager
@@ -49,7 +49,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
@@ -111,7 +110,6 @@ class Rollout:
     context: str | None = None  # what the teacher sees beside the problem
     teacher_prompt: list[int] | None = None  # None: no teacher; trained on in grpo alone
     advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
-    tokens: list[str] = ()  # logged: the text of each token
 
 
 # correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
@@ -205,10 +203,8 @@ class Config(Memory, Method, OwnModel, RunSettings):
         self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = self.dtype or ("bfloat16" if "cuda" in self.device else "float32")
-        if self.group_size is None:
-            self.group_size = 8 if self.condition == "grpo" else 1
-        if self.lr is None:
-            self.lr = LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
+        self.group_size = self.group_size or (8 if self.condition == "grpo" else 1)
+        self.lr = self.lr or LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
 
 
 # ================================================================================ adapters
@@ -262,12 +258,9 @@ def group_advantages(rewards):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
-    """One completion of each prompt, up to and including the first end token: B lists of T ids.
-
-    Samples from the distribution that is scored later: temperature alone, no top-k or top-p.
-    Temperature 0 is greedy.
-    """
+    """One completion of each prompt, up to and including the first end token: B lists of T ids."""
     end_ids = model.generation_config.eos_token_id  # a list: see load_model
+    # The distribution that is scored later: no top-k or top-p. Temperature 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     completions = []
     for start in range(0, len(prompts), batch_size):
@@ -285,8 +278,8 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     """group_size graded rollouts of each problem, grouped by problem."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = encode_chats(tokenizer, [solver_message(p) for p in problems])
-    settings = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature]
-    completions = generate(model, tokenizer, prompts, *settings)
+    limit, temperature = cfg.max_new_tokens, cfg.temperature
+    completions = generate(model, tokenizer, prompts, cfg.gen_batch, limit, temperature)
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         text = tokenizer.decode(completion, skip_special_tokens=True)
@@ -319,8 +312,7 @@ def give_context(rollout, tokenizer, cfg):
         context = CONTEXTS[cfg.condition](rollout)
         message = solver_message(rollout.problem, context)
     except Exception as error:
-        line = CONTEXTS[cfg.condition].__code__.co_firstlineno
-        error.add_note(f"raised by the context {cfg.condition}, line {line} of sd.py")
+        error.add_note(f"in the context {cfg.condition}: {CONTEXTS[cfg.condition].__code__}")
         raise
     if context is None:
         return
@@ -334,7 +326,7 @@ def hidden_states(model, prompts, completions):
     """The last hidden states, each of which predicts a token of the completions: [N, H]."""
     sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
     # right-padded; causal attention never sees the padding, so no mask is needed
-    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
     states = model.base_model(ids, use_cache=False).last_hidden_state  # [B, L, H]
     spans = zip(states, prompts, completions, strict=True)
     # position t − 1 predicts token t
@@ -454,36 +446,32 @@ def mean(values):
 
 def rollout_metrics(rollouts):
     """Means over a step's rollouts; advantages are averaged over tokens."""
-    advantages = [a for r in rollouts for a in r.advantages]
     return {
         "reward": mean(r.reward for r in rollouts),
         "length": mean(len(r.completion) for r in rollouts),
-        "advantage": mean(advantages),
-        "abs_advantage": mean(abs(a) for a in advantages),
+        "advantage": mean(a for r in rollouts for a in r.advantages),
         "masked": mean(not r.advantages for r in rollouts),
         "critic_failed": mean(bool(r.critic_failure) for r in rollouts),
     }
 
 
 def paint(text, advantage=0.0):
-    """The text for a terminal, on blue if A_t is over 1 nat, on orange if it is under −1."""
+    """The text for a terminal; from 1 nat on with its A_t, on blue (keep) or orange (change)."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
+    text += f"[{advantage:+.1f}]" if abs(advantage) >= 1 else ""
     if abs(advantage) < 1 or not sys.stdout.isatty():
         return text
     return f"\x1b[97;48;5;{25 if advantage > 0 else 166}m{text}\x1b[0m"
 
 
-def show(rollout, tokenizer):
+def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     if not rollout.teacher_prompt:  # no teacher, so no A_t
         return tqdm.write(f"attempt: {paint(rollout.text)}")
-    pairs = list(zip(rollout.advantages, rollout.tokens, strict=True))
-    lowest = [f"{advantage:.2f} at {paint(text)}" for advantage, text in sorted(pairs)[:3]]
-    tqdm.write("attempt: " + " ".join(paint(text, advantage) for advantage, text in pairs))
+    tqdm.write("attempt: " + " ".join(map(paint, tokens, rollout.advantages)))
+    tqdm.write(f"A_t in nats: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
-    tqdm.write(f"A_t < 0: {paint('change it', -9)}, A_t > 0: {paint('keep it', 9)}")
-    tqdm.write(f"lowest A_t: {', '.join(lowest)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
     if words:
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
@@ -495,8 +483,9 @@ def load_model(name, cfg):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         encode_chats(tokenizer, ["a message"])  # raises if the chat template is missing or broken
-        options = {"dtype": cfg.dtype, "trust_remote_code": False, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=cfg.dtype, trust_remote_code=False, output_loading_info=True
+        )
         model.to(cfg.device).eval()  # eval: no dropout
     except Exception as error:  # the libraries raise many exception types
         raise UserError(f"cannot load the model {name}: {error}") from None
@@ -538,8 +527,7 @@ def open_critic(cfg, model, tokenizer):
         model, tokenizer = load_model(cfg.critic, cfg)
     limit = cfg.critic_max_tokens
 
-    def complete(messages):
-        """Yields (text, failure) for each message."""
+    def complete(messages):  # yields (text, failure) for each
         prompts = encode_chats(tokenizer, messages)
         with adapters_off():  # a solver that is its own critic uses its base weights
             completions = generate(model, tokenizer, prompts, cfg.critic_batch, limit, 0)
@@ -563,10 +551,8 @@ def open_run(argv):
     folder = Path(cfg.out)
     if not cfg.resume:
         # last.pt.new is left over if the first save was killed
-        if folder.exists() and set(os.listdir(folder)) - {"last.pt.new"}:
-            raise UserError(
-                f"{folder} is not empty: --resume it, delete it, or choose another --out"
-            )
+        if folder.exists() and any(f.name != "last.pt.new" for f in folder.iterdir()):
+            raise UserError(f"{folder} is not empty: --resume it, or choose another --out")
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
@@ -635,10 +621,10 @@ def validate(model, tokenizer, problems, cfg):
 def log_rollouts(rollouts, step, run, tokenizer):
     """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
     for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
-        rollout.tokens = tokenizer.batch_decode([[t] for t in rollout.completion])
+        tokens = tokenizer.batch_decode([[t] for t in rollout.completion])
         if not run["samples"]:
-            show(rollout, tokenizer)
-        run["samples"].append({"step": step} | asdict(rollout))
+            show(rollout, tokens, tokenizer)
+        run["samples"].append({"step": step, "tokens": tokens} | asdict(rollout))
 
 
 def train(cfg, run):
@@ -660,8 +646,8 @@ def train(cfg, run):
             if step > 0:
                 # seeded per step, so that checkpoints need no random state
                 torch.manual_seed(1_000_003 * cfg.seed + step)
-                batch = batches[step - 1]
-                rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
+                problems = batches[step - 1]
+                rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
                 row |= metrics | rollout_metrics(rollouts)
                 bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
@@ -671,7 +657,7 @@ def train(cfg, run):
                 row["val_avg"] = validate(model, tokenizer, val_set, cfg)
                 if row["val_avg"] > run["best_avg"]:
                     run["best_avg"] = row["val_avg"]
-                    run["best_adapters"] = {n: a.clone() for n, a in adapters.state_dict().items()}
+                    run["best_adapters"] = copy.deepcopy(adapters.state_dict())
                 run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
                 with atomic_write(f"{cfg.out}/last.pt") as file:  # makes the folder, too
                     torch.save(run | {"settings": vars(cfg)}, file)
@@ -687,23 +673,19 @@ def train(cfg, run):
 # ================================================================================ command line
 def parse_args(argv, defaults=None):
     """The settings on the command line. Raises UserError on an invalid value."""
-    groups = [RunSettings, OwnModel, Method, Memory]
-    formatting = {
-        "usage": argparse.SUPPRESS,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-    parser = HfArgumentParser(
-        groups, description=__doc__.partition("The parts")[0], allow_abbrev=False, **formatting
-    )
+    parser = HfArgumentParser([RunSettings, OwnModel, Method, Memory], allow_abbrev=False)
+    parser.description = __doc__.partition("The parts")[0]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = argparse.SUPPRESS
     parser.set_defaults(**defaults or {})
-    cfg = Config(**vars(parser.parse_args(argv)))
+    args = vars(parser.parse_args(argv))
     if not "".join(argv).isprintable():
         raise UserError("an argument is not UTF-8 or holds a control character")
-    for name, value in vars(cfg).items():
+    for name, value in args.items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
             raise UserError(f"--{name} is {value}: it must be positive and below a million")
-    return cfg
+    return Config(**args)
 
 
 @contextmanager

@@ -109,20 +109,18 @@ def test_a_context_that_raises_is_named_with_its_line(make_config, monkeypatch):
             sd.give_context(
                 sd.Rollout(PROBLEM, [], [], "", 0.0), None, make_config(condition="empty")
             )
-        assert (
-            f"the context empty, line {broken.__code__.co_firstlineno}" in raised.value.__notes__[0]
-        )
+        assert str(broken.__code__) in raised.value.__notes__[0]
 
 
 def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    logged = {"tokens": ["a", "b", "c\x1b"], "advantages": [-2, 0.5, 3], "teacher_prompt": [1]}
-    rollout = sd.Rollout(PROBLEM, [], [], "abc", 0.0, context="Oh dear 9 Step", **logged)
-    sd.show(rollout, tiny[1])
+    logged = {"advantages": [-2, 0.5, 3], "teacher_prompt": [1], "context": "Oh dear 9 Step"}
+    rollout = sd.Rollout(PROBLEM, [], [], "abc", 0.0, **logged)
+    sd.show(rollout, ["a", "b", "c\x1b"], tiny[1])
     shown = capsys.readouterr().out
-    assert "attempt: \x1b[97;48;5;166ma\x1b[0m b \x1b[97;48;5;25mc \x1b[0m\n" in shown
-    assert "lowest A_t: -2.00 at a, 0.50 at b, 3.00 at c" in shown and ": Oh dear\n" in shown
-    sd.show(replace(rollout, teacher_prompt=None), tiny[1])
+    assert "\x1b[97;48;5;166ma[-2.0]\x1b[0m b \x1b[97;48;5;25mc [+3.0]\x1b[0m\n" in shown
+    assert ": Oh dear\n" in shown
+    sd.show(replace(rollout, teacher_prompt=None), ["a"], tiny[1])
     assert "A_t" not in capsys.readouterr().out  # in grpo there is none
 
 
@@ -231,7 +229,6 @@ def test_a_steps_gradient_against_plain_autograd(divergence, step):
     expected = {"loss": loss.item(), "grad_norm": moved.norm().item(), "length": 11 / 4}
     expected |= {"reward": 1 / 4, "masked": 1 / 4, "critic_failed": 1 / 4}
     expected["advantage"] = sum(advantages) / len(advantages)
-    expected["abs_advantage"] = sum(map(abs, advantages)) / len(advantages)
     assert metrics == pytest.approx(expected, rel=1e-3) and not rollouts[0].advantages
 
 
