@@ -9,8 +9,8 @@
 A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
 Intervals are 95% bootstraps over problems. Samples are cached in runs/cache. --json FILE saves all
 numbers, --data FILE sets the test problems, --k (12) the samples per problem. --temperature,
---max-new-tokens, --gen-batch, --micro-batch, --critic and --device default to the first run's
-values, --seed to 2. The page shows attempts of the --advantages model, by default of the base.
+--max-new-tokens, --gen-batch, --micro-batch, --critic, --device and --dtype default to the first
+run's values, --seed to 2. The page has attempts of the --advantages model, by default the base.
 
 Shapes: P problems, S seeds, Q quantities, T tokens of an attempt.
 """
@@ -37,7 +37,8 @@ from critic import UserError, atomic_write, first_difference, parse_steps
 # Token kinds in a wrong attempt: KINDS if the critic has a judge of steps, else PLACES.
 KINDS = ["right step", "wrong value", "rest of wrong step", "answer"]
 PLACES = ["before wrong step", "in wrong step", "after wrong step"]
-SETTINGS = ["seed", "temperature", "max_new_tokens", "gen_batch", "micro_batch", "device", "critic"]
+SETTINGS = ["temperature", "max_new_tokens", "gen_batch", "micro_batch", "device", "dtype"]
+SETTINGS += ["critic", "seed"]
 
 
 # ================================================================================ runs and models
@@ -97,12 +98,11 @@ def write(path, text):
             file.write(text.encode())
 
 
-def sample(model, tokenizer, asked, cfg):
+def sample(model, tokenizer, asked, cfg, label):
     """A graded Attempt of each (problem, prompt). A file keeps the token ids of each batch."""
     identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    title = f"test: {model.name_or_path}"
-    for start in tqdm(range(0, len(asked), cfg.gen_batch), title, leave=False):
+    for start in tqdm(range(0, len(asked), cfg.gen_batch), f"test: {label}", leave=False):
         batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
         file = critic.cache_file("eval", [identity, settings, start, batch])
         try:
@@ -119,10 +119,10 @@ def sample(model, tokenizer, asked, cfg):
     ]
 
 
-def sample_attempts(model, tokenizer, problems, k, cfg):
+def sample_attempts(model, tokenizer, problems, k, cfg, label="attempts"):
     """k attempts at each problem; neighbours differ in problem, as `shuffled` needs."""
     prompts = sd.encode_chats(tokenizer, [sd.solver_message(p) for p in problems])
-    return sample(model, tokenizer, list(zip(problems, prompts, strict=True)) * k, cfg)
+    return sample(model, tokenizer, list(zip(problems, prompts, strict=True)) * k, cfg, label)
 
 
 # ================================================================================ scores
@@ -146,12 +146,12 @@ def group_scores(attempts):
     return [100 * sd.mean(rewards), 100 * maj, 100 * max(rewards), length]
 
 
-def measure(subjects, problems, k, cfg):
+def measure(label, subjects, problems, k, cfg):
     """group_scores of every seed and problem: [S, P, 4]."""
     scores = []
     for subject in subjects:
         model, tokenizer = subject.load(cfg)
-        attempts = sample_attempts(model, tokenizer, problems, k, cfg)
+        attempts = sample_attempts(model, tokenizer, problems, k, cfg, label)
         scores.append([group_scores(attempts[p :: len(problems)]) for p in range(len(problems))])
     return torch.tensor(scores)
 
@@ -203,7 +203,8 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
         for attempt in with_teacher:
             attempt.prompt = attempt.teacher_prompt
         told = token_log_probs(teacher, with_teacher, cfg)
-        samples = sample(teacher, tokenizer, [(a.problem, a.prompt) for a in with_teacher], cfg)
+        asked = [(attempt.problem, attempt.prompt) for attempt in with_teacher]
+        samples = sample(teacher, tokenizer, asked, cfg, f"given {name}")
         for i, attempt in enumerate(with_teacher):
             attempt.advantages = (told[i] - own[i]).tolist()
             attempt.teacher_right = samples[i].reward
@@ -267,8 +268,8 @@ def analyse(readings, names, k):
         values[context] = torch.tensor([[metric(a, name) for name in names] for a in attempts])
     if {"critique", "reference"} <= set(values):  # over the attempts that have both
         values["critique − reference"] = values["critique"] - values["reference"]
-    means = {row: v.unflatten(0, (k, -1)).nanmean(0) for row, v in values.items()}  # [P, Q]
-    return {row: intervals(mean, names) for row, mean in means.items()}
+    # means over the k attempts at a problem: [k * P, Q] -> [P, Q]
+    return {row: intervals(v.unflatten(0, (k, -1)).nanmean(0), names) for row, v in values.items()}
 
 
 # ================================================================================ tables and page
@@ -418,7 +419,7 @@ def report(args):
     rows = rows_of(subjects)
     k = args.k
     numbers, tables, examples = {}, "", []
-    scores = {label: measure(row, problems, k, cfg) for label, row in rows.items()}
+    scores = {label: measure(label, row, problems, k, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{k}", f"Maj@{k}", f"Pass@{k}", "tokens"]
         numbers |= {"scores": score_rows(rows, scores, names), "problems": scores}
@@ -428,9 +429,8 @@ def report(args):
     if args.keep_band:
         low, high = args.keep_band
         averages = list(scores.values())[-1][0, :, 0].tolist()  # the last row is the subject's
-        pairs = zip(problems, averages, strict=True)
-        kept = [vars(problem) for problem, avg in pairs if low <= avg / 100 <= high]
-        write(args.out, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [vars(p) for p, a in zip(problems, averages, strict=True) if low <= a / 100 <= high]
+        write(args.out, "".join(f"{json.dumps(row)}\n" for row in kept))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
     if args.advantages or args.html:
         unfolded = rows if len(rows) > 1 else sd.CONTEXTS
