@@ -227,7 +227,7 @@ def is_correct(completion, answer):
 def cache_file(kind, identity):
     """Path of a cached result. The identity lists all inputs of the result."""
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
-    return Path("runs/cache") / f"{kind}-{key[:32]}.json"
+    return Path("runs/.cache") / f"{kind}-{key[:32]}.json"
 
 
 @dataclass
@@ -278,7 +278,7 @@ def server_critic(cfg):
             except Exception as error:  # transport, protocol and format errors of several libraries
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", 0)
-                failure = f"HTTP {status}" if status else str(error)
+                failure = f"HTTP {status}" if status else f"no usable answer: {error}"
                 malformed = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
             if status in (401, 403):
                 raise UserError(f"{cfg.critic} refuses the key ({failure}): set CRITIC_API_KEY")

@@ -7,7 +7,7 @@
                           keep the problems that the model solves in 5% to 35% of its attempts
 
 A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
-Intervals are 95% bootstraps over problems. Samples are cached in runs/cache. --json FILE saves all
+Intervals are 95% bootstraps over problems. Samples are cached in runs/.cache. --json FILE saves all
 numbers, --data FILE sets the test problems, --k (12) the samples per problem. --temperature,
 --max-new-tokens, --gen-batch, --micro-batch, --critic, --device and --dtype default to the first
 run's values, --seed to 2. The page has attempts of the --advantages model, by default the base.

@@ -638,14 +638,14 @@ def train(cfg, run):
     if first:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
+        write_logs(run, cfg)  # even if no step is left to do
     batches = draw_batches(train_set, cfg)
     bar = tqdm(total=cfg.steps, initial=max(first - 1, 0), desc=cfg.condition)
     try:
         for step in range(first, cfg.steps + 1):
             row = {"step": step}
             if step > 0:
-                # seeded per step, so that checkpoints need no random state
-                torch.manual_seed(1_000_003 * cfg.seed + step)
+                torch.manual_seed(1_000_003 * cfg.seed + step)  # no random state to save
                 problems = batches[step - 1]
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
@@ -665,7 +665,6 @@ def train(cfg, run):
     finally:
         bar.close()
         if "best_adapters" in run:
-            write_logs(run, cfg)  # a resumed run may have no steps left to do
             adapters.load_state_dict(run["best_adapters"])
             save_merged(model, tokenizer, f"{cfg.out}/best")
 

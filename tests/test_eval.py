@@ -141,7 +141,7 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
 
     first = sampled()
     assert first[0] == 1 and sampled() == (0, *first[1:]) and len(first[1]) == 4
-    [file] = (tmp_path / "runs/cache").iterdir()
+    [file] = (tmp_path / "runs/.cache").iterdir()
     file.write_text(file.read_text()[:-5])
     assert sampled() == (1, *first[1:])
     texts = tokenizer.batch_decode(first[1], skip_special_tokens=True)
