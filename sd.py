@@ -5,12 +5,12 @@
     python sd.py --model Qwen/Qwen3-0.6B --data all.jsonl --critic http://localhost:8000/v1 ...
 
 The student writes an attempt at a problem. The teacher is the model that training started from,
-with a *context* in its prompt. It scores every token of that attempt, and the student moves towards
-it. After *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173).
-Conditions differ in context; grpo also has a different loss:
+with a *context* in its prompt. It scores every token of that attempt, and the student is trained
+to predict them as the teacher does. After *The Role of Feedback Alignment in Self-Distillation*
+(Kara & Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss and group size:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
-    reference   context: a reference solution, another derivation of the right answer
+    reference   context: the reference solution, which may take another way than the student
     critique    context: the student's own attempt with its errors corrected, by a frozen critic
 
 The parts of a training step, and their functions:
@@ -30,7 +30,7 @@ The lesson ends with `train_step`; loading, checkpoints and the command line fol
 clipping, a KL penalty towards a reference policy, a learning-rate schedule, several GPUs.
 
 Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem;
-N completion tokens of a micro-batch, without padding, n of a chunk; H hidden size; V vocabulary.
+N completion tokens in a micro-batch, no padding; n of them in a chunk; H hidden size; V vocabulary.
 """
 
 import argparse
@@ -46,11 +46,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers.utils import logging
 
 import critic
 from critic import UserError, atomic_write, correction, first_difference, is_correct, parse_steps
@@ -64,9 +64,9 @@ Solve the problem step by step. Write each step in tags of its own, <step_1>...<
 <step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
-Below are a problem, its reference solution, its right answer, and a student's attempt. Write a
-corrected walk through that attempt. Keep the student's words and notation where they are right.
-A. If every step is right, repeat the attempt word for word.
+Below are a problem, its reference solution, its right answer, and a student's attempt. Rewrite the
+attempt with its errors corrected. Keep the student's words and notation where they are right.
+A. If everything is right, repeat the attempt word for word.
 B. If the answer is right but a step is missing, repeat the attempt and insert the step.
 C. If the attempt is unfinished, repeat its right steps, shortened if they are long, and finish it.
 D. If a step is wrong, repeat the steps before it word for word, rewrite that step, and carry on
@@ -90,7 +90,7 @@ def solver_message(problem, context=None):
 def encode_chats(tokenizer, messages, thinking=False):
     """Chat prompts: B messages -> a list of P token ids for each."""
     chats = [[{"role": "user", "content": message}] for message in messages]
-    # sanitize_control_tokens: an <|im_start|> inside a message is encoded as plain text
+    # sanitize_control_tokens: transformers encodes an <|im_start|> in a message as plain text
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     return tokenizer.apply_chat_template(chats, enable_thinking=thinking, **options)
 
@@ -108,32 +108,32 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees beside the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher; trained on in grpo alone
+    teacher_prompt: list[int] | None = None  # None: no teacher, as in grpo, or no usable context
     advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
 
 
-# correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
 def omit(r):
-    """Like `quote` below, but without the attempt: "Step 1 is correct. Step 2 is wrong. ..."."""
-    wrong = first_difference(r.text, r.critique)  # the attempt's Step (.title, .start), or None
-    right = [step for step in parse_steps(r.text) if wrong is None or step.start < wrong.start]
+    """Verdicts alone: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
+    right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
     return " ".join([*verdicts, correction(r.text, r.critique)])
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a text, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
-# The toy reads only the words listed in tests/toy/README.md.
+# If it needs no critique, add it to NO_CRITIC. tests/toy/README.md has the words the toy knows.
 CONTEXTS = {
     "grpo": lambda r: None,
     "reference": lambda r: r.problem.solution,
     "critique": lambda r: r.critique,
     # Where does the critique's effect come from? Ablations, and controls.
     "answer": lambda r: f"<answer>{r.problem.answer}</answer>",
+    # correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # teacher and student stay the same: the gradient is zero
+    "empty": lambda r: "",  # the student's own prompt: the gradient is zero
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -163,7 +163,7 @@ class OwnModel:
     critic: str = setting(f"{TOY}/scribe.py", "rule (.py file), model, or server (http://...)")
     critic_model: str | None = setting(None, "model name on the critic's server")
     critic_max_tokens: int = setting(4096, "longest critique in tokens, thinking included")
-    device: str | None = setting(None, "by default cuda if there is one, else cpu")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1")
     dtype: str | None = setting(None, "frozen weights; by default bfloat16 on cuda, else float32")
 
 
@@ -201,7 +201,6 @@ class Config(Memory, Method, OwnModel, RunSettings):
     def __post_init__(self):
         """Fills in the automatic values."""
         self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = self.dtype or ("bfloat16" if "cuda" in self.device else "float32")
         self.group_size = self.group_size or (8 if self.condition == "grpo" else 1)
         self.lr = self.lr or LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
@@ -260,7 +259,7 @@ def group_advantages(rewards):
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
     """One completion of each prompt, up to and including the first end token: B lists of T ids."""
     end_ids = model.generation_config.eos_token_id  # a list: see load_model
-    # The distribution that is scored later: no top-k or top-p. Temperature 0 is greedy.
+    # Samples from the distribution that is scored later: no top-k. Temperature 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     completions = []
     for start in range(0, len(prompts), batch_size):
@@ -268,7 +267,7 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            # Cut at the first end token. Stripping padding would drop it where pad = end.
+            # Cut after the first end token. Stripping padding would drop that token if pad = end.
             length = next((t + 1 for t, token in enumerate(row) if token in end_ids), len(row))
             completions.append(row[:length])
     return completions
@@ -278,8 +277,9 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     """group_size graded rollouts of each problem, grouped by problem."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = encode_chats(tokenizer, [solver_message(p) for p in problems])
-    limit, temperature = cfg.max_new_tokens, cfg.temperature
-    completions = generate(model, tokenizer, prompts, cfg.gen_batch, limit, temperature)
+    completions = generate(
+        model, tokenizer, prompts, cfg.gen_batch, cfg.max_new_tokens, cfg.temperature
+    )
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         text = tokenizer.decode(completion, skip_special_tokens=True)
@@ -305,7 +305,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Sets context and teacher prompt, unless a needed critique is missing or they do not fit."""
+    """Sets context and teacher prompt, if the critique exists and the prompt fits the model."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
     try:
@@ -334,10 +334,7 @@ def hidden_states(model, prompts, completions):
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature: [n, H] -> [n, V], in fp32.
-
-    The output layer is frozen and has no adapter: student and teacher share it.
-    """
+    """log π at the sampling temperature, in fp32: [n, H] -> [n, V]. This layer has no adapter."""
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
@@ -378,7 +375,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
     """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
-    # A_i at every token, for grpo's loss. Elsewhere A_t replaces it below, for the logs.
+    # A_i at every token. It is in grpo's loss; elsewhere A_t, for the logs, replaces it below.
     advantages = [r.group_advantage for r in rollouts for _ in r.completion]
     advantages = torch.tensor(advantages, device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
@@ -387,13 +384,13 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
             prompts = [r.teacher_prompt for r in rollouts]
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
 
-    # The logits of all N tokens do not fit in memory. So backward has two stages: from each
-    # chunk's loss to its hidden states, then once from all hidden states through the network.
-    leaves = student_states.detach().requires_grad_()
-    loss = 0.0
+    # A real model's logits of all N tokens do not fit in memory. So backward has two stages: from
+    # each chunk's loss to its hidden states, then once from all hidden states into the network.
+    loss, gradients = 0.0, []
     for start in range(0, len(tokens), cfg.chunk):
         chunk = slice(start, start + cfg.chunk)
-        student = log_probs(model, leaves[chunk], cfg.temperature)  # [n, V]
+        states = student_states[chunk].detach().requires_grad_()  # [n, H]
+        student = log_probs(model, states, cfg.temperature)  # [n, V]
         if cfg.condition == "grpo":
             # one update per batch of rollouts: the importance ratio is 1, with nothing to clip
             losses = -advantages[chunk] * student.gather(-1, tokens[chunk, None])[:, 0]  # [n]
@@ -403,7 +400,8 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
             advantages[chunk] = token_advantages(student, teacher, tokens[chunk])
         (losses.sum() / step_tokens).backward()
         loss += losses.sum().item() / step_tokens
-    student_states.backward(leaves.grad)
+        gradients.append(states.grad)
+    student_states.backward(torch.cat(gradients))
 
     by_rollout = advantages.split([len(c) for c in completions])
     for rollout, values in zip(rollouts, by_rollout, strict=True):
@@ -437,8 +435,8 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     return rollouts, {"loss": loss, "grad_norm": grad_norm}
 
 
-# ================================================================================ metrics
-# The lesson ends here. Below: what is logged, loading, checkpoints, the loop, the command line.
+# ================================================================================ end of the lesson
+# Below: what is logged, loading, checkpoints, the loop, the command line.
 def mean(values):
     values = list(values)
     return sum(values) / max(len(values), 1)
@@ -458,10 +456,11 @@ def rollout_metrics(rollouts):
 def paint(text, advantage=0.0):
     """The text for a terminal; from 1 nat on with its A_t, on blue (keep) or orange (change)."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
-    text += f"[{advantage:+.1f}]" if abs(advantage) >= 1 else ""
-    if abs(advantage) < 1 or not sys.stdout.isatty():
+    if abs(advantage) < 1:
         return text
-    return f"\x1b[97;48;5;{25 if advantage > 0 else 166}m{text}\x1b[0m"
+    text = f"{text}[{advantage:+.1f}]"
+    colour = 25 if advantage > 0 else 166  # blue or orange
+    return f"\x1b[97;48;5;{colour}m{text}\x1b[0m" if sys.stdout.isatty() else text
 
 
 def show(rollout, tokens, tokenizer):
@@ -469,7 +468,7 @@ def show(rollout, tokens, tokenizer):
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     if not rollout.teacher_prompt:  # no teacher, so no A_t
         return tqdm.write(f"attempt: {paint(rollout.text)}")
-    tqdm.write("attempt: " + " ".join(map(paint, tokens, rollout.advantages)))
+    tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"A_t in nats: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
@@ -500,6 +499,9 @@ def load_model(name, cfg):
         "has no end token in its vocabulary": not set(end_ids) <= set(vocabulary),
         "caps or scales its logits": scales - {None, 1.0},
         "is recurrent": model._is_stateful,
+        "has no linear layers": not any(
+            isinstance(m, nn.Linear) for m in model.base_model.modules()
+        ),
     }
     for flaw, found in flaws.items():
         if found:
@@ -541,7 +543,7 @@ def open_critic(cfg, model, tokenizer):
 
 
 # ================================================================================ checkpoints
-# Settings that may change on resume. Another kind of device draws other random numbers.
+# Settings that may change on resume. Random draws depend on the kind of device.
 OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
@@ -621,7 +623,7 @@ def validate(model, tokenizer, problems, cfg):
 def log_rollouts(rollouts, step, run, tokenizer):
     """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
     for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
-        tokens = tokenizer.batch_decode([[t] for t in rollout.completion])
+        tokens = [tokenizer.decode(token) for token in rollout.completion]
         if not run["samples"]:
             show(rollout, tokens, tokenizer)
         run["samples"].append({"step": step, "tokens": tokens} | asdict(rollout))
@@ -691,14 +693,14 @@ def parse_args(argv, defaults=None):
 def command_line(program):
     """Turns user and system errors into a one-line message and exit status 2."""
     sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
         text = " ".join(paint(str(error)).split()) or "interrupted"
-        if isinstance(error, RuntimeError) and "memory" not in text:
-            raise  # a bug of ours; out of memory on a CPU is a RuntimeError, too
+        if isinstance(error, RuntimeError) and "allocate" not in text:
+            raise  # a bug of ours. Out of memory is a RuntimeError, too
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
 

@@ -72,11 +72,13 @@ def edit_config(folder, **values):
 
 
 MAMBA = transformers.MambaForCausalLM, transformers.MambaConfig
+GPT2 = transformers.GPT2LMHeadModel, transformers.GPT2Config
 FLAWS = [  # what is done to the folder, what is said
     (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lacks weights"),
     (lambda f: edit_weights(f, lambda w: w["model.norm.weight"].mul_(torch.nan)), "not finite"),
     (lambda f: save_model(f, byte_tokenizer(), ends=[1, 300]), "no end token"),
     (lambda f: save_model(f, byte_tokenizer(), MAMBA), "is recurrent"),
+    (lambda f: save_model(f, byte_tokenizer(), GPT2), "no linear layers"),
     (lambda f: edit_config(f, final_logit_softcapping=30.0), "caps or scales its logits"),
     (lambda f: (f / "chat_template.jinja").unlink(), "chat_template is not set"),
     (lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
