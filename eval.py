@@ -354,11 +354,11 @@ def page(tables, curves, examples):
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
 <p>Lines are means of seeds, bands their range.</p><h2>What the contexts say</h2>
 <p>reference: the reference solution; critique: the attempt, corrected; quote: the attempt, then the
-correction; omit: verdicts, then the correction; shuffled: a critique of another problem.</p>
-<p>The task: solve the problem in the heading (right answer in brackets) step by step. An attempt is
-shown once for each context, beside the text that the teacher sees. The colour of a token is
-A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token | problem) of the
-student, in nats: <i>change it (−5) … keep it (+5)</i>. Hover over a token to see its value.</p>
+correction; omit: verdicts, then the correction; shuffled: a critique of another problem; answer:
+the right answer; empty: nothing.</p><p>The task: solve the problem in the heading (right answer in
+brackets) step by step. An attempt is shown once per context, beside what the teacher sees. The
+colour of a token is A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token |
+problem) of the student, in nats: <i>change it (−5) … keep it (+5)</i>. Hover to see it.</p>
 {"".join(examples)}</html>"""
 
 
