@@ -91,7 +91,7 @@ def load_problems(path):
 
 
 # ================================================================================ step-tagged text
-# Paired by hand: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
+# Not one regex: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
 TAG = r"<(/?)(step_[0-9]{1,4}|answer)>"
 
 
@@ -120,7 +120,7 @@ def parse_steps(attempt):
 
 
 def first_difference(attempt, critique):
-    """The attempt's first step (or answer) that the critique does not repeat in place."""
+    """The attempt's first step (or answer) that the critique does not repeat at that position."""
     for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
         named_alike = ours and theirs and ours.name == theirs.name
         if not (named_alike and ours.text.split() == theirs.text.split()):
@@ -266,7 +266,7 @@ def server_critic(cfg):
     # With no key the client would send the user's Hugging Face token to this server.
     key = os.environ.get("CRITIC_API_KEY", "none")
     client = InferenceClient(base_url=cfg.critic, api_key=key, timeout=600)  # seconds without data
-    get_session().follow_redirects = False  # a redirect takes the prompts to another host
+    get_session().follow_redirects = False  # a redirect could take the prompts to another host
     options = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
 
     def ask_server(message):

@@ -59,7 +59,7 @@ def open_subject(name):
     folder = Path(name)
     if folder.parent.name == "runs" and not folder.exists():
         runs = sorted(str(file.parent) for file in folder.parent.glob("*/config.json"))
-        raise UserError(f"there is no run {name}; there are: {', '.join(runs) or 'none'}")
+        raise UserError(f"no run {name}; existing runs: {', '.join(runs) or 'none'}")
     if not (folder / "metrics.jsonl").exists():
         return Subject(name, name)
     try:
@@ -88,7 +88,7 @@ class Attempt(sd.Rollout):
     """A rollout scored under one context. Without a context, `advantages` is empty."""
 
     ends: list = None  # a 0, then the end of each token in the text: [1 + T]
-    kinds: list = None  # kind of each token; [] if the attempt is right: [T]
+    kinds: list = None  # kind of each token: [T]; [] if right or not judged
     teacher_right: float = math.nan  # 1 if the teacher's own sample is right
 
 
@@ -127,7 +127,7 @@ def sample_attempts(model, tokenizer, problems, k, cfg, label="attempts"):
 
 # ================================================================================ scores
 def intervals(values, names):
-    """Means over problems, 95% bootstrap: [P, Q] -> {name: [mean, low, high]}. NaN is no value."""
+    """Means over problems, 95% bootstrap: [P, Q] -> {name: [mean, low, high]}. NaNs are skipped."""
     generator = torch.Generator().manual_seed(0)  # every call draws the same problems
     drawn = torch.randint(len(values), (2000, len(values)), generator=generator)
     means = values[drawn].nanmean(1)  # [draws, Q]
@@ -218,7 +218,7 @@ def token_ends(tokenizer, ids):
 
 
 def token_kinds(attempt, judge):
-    """[T] KINDS (with a judge) or PLACES of a wrong attempt's tokens, None outside steps; or []."""
+    """Kinds of a wrong attempt's tokens: [T], from KINDS or PLACES, None outside steps. Else []."""
     text = attempt.text
     wrong = first_difference(text, attempt.critique or text)
     if attempt.reward or not (judge or wrong):

@@ -10,7 +10,7 @@ to predict them as the teacher does. After *The Role of Feedback Alignment in Se
 (Kara & Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss and group size:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
-    reference   context: the reference solution, which may take another way than the student
+    reference   context: the reference solution, which may go a different way from the student
     critique    context: the student's own attempt with its errors corrected, by a frozen critic
 
 The parts of a training step, and their functions:
@@ -107,7 +107,7 @@ class Rollout:
     critique: str | None = None  # the critic's corrected attempt; None if the critic failed
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
-    context: str | None = None  # what the teacher sees beside the problem
+    context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # None: no teacher, as in grpo, or no usable context
     advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
 
@@ -305,7 +305,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Sets context and teacher prompt, if the critique exists and the prompt fits the model."""
+    """Sets context and teacher prompt, if no needed critique is missing and the prompt fits."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
     try:
@@ -454,7 +454,7 @@ def rollout_metrics(rollouts):
 
 
 def paint(text, advantage=0.0):
-    """The text for a terminal; from 1 nat on with its A_t, on blue (keep) or orange (change)."""
+    """The text for a terminal. If |A_t| >= 1: with A_t, on blue (keep) or orange (change)."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
     if abs(advantage) < 1:
         return text
@@ -561,7 +561,7 @@ def open_run(argv):
         saved = {k: value for k, value in run["settings"].items() if k not in OVERRIDES}
     except Exception as error:  # torch raises many exception types
         raise UserError(f"cannot resume {folder}: {error}") from None
-    cfg = parse_args(argv, saved)  # argv may override some of them
+    cfg = parse_args(argv, saved)  # a changed setting in argv is refused below
     for name, value in saved.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{folder} was started with --{name} {value}, now {getattr(cfg, name)}")
@@ -685,7 +685,7 @@ def parse_args(argv, defaults=None):
     for name, value in args.items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            raise UserError(f"--{name} is {value}: it must be positive and below a million")
+            raise UserError(f"--{name} is {value}: it must be at least {least} and below a million")
     return Config(**args)
 
 

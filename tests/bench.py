@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import critic  # noqa: E402
 import sd  # noqa: E402
 
-sd.transformers.utils.logging.set_verbosity_error()
+sd.logging.set_verbosity_error()
 SHAPES = {
     "toy": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 16},
     "25M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64},

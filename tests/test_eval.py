@@ -231,7 +231,7 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
 
 
 BAD = """: a run or a model
-runs/nix: there are: runs/broken, runs/c, runs/c-1, runs/g
+runs/nix: existing runs: runs/broken, runs/c, runs/c-1, runs/g
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
 runs/c --data empty.jsonl: no problems

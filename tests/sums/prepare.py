@@ -11,8 +11,8 @@ to be taught that, by a few steps of fine-tuning on random sums:
   solution in the way of the response, or a reference solution. A response goes the reference's way
   with probability `FOLLOW` if the prompt has a reference, otherwise `SLIP`.
 - A share of the responses (`--wrong-share`) contain a wrong value. It is masked in the loss, and
-  the steps after it continue from it. Without them, the teacher follows its hint where it should
-  continue from the student's error.
+  the steps after it continue from it. Without such responses, the teacher follows its hint
+  where it should continue from the student's error.
 
 The folder then holds the model, its tokenizer, and train, val and test.jsonl.
 """

@@ -1,4 +1,4 @@
-"""Sums in steps, and their rule-based critic. Numbers of any length, any number of terms.
+"""Sums in steps, and their rule-based critic. Numbers of up to 99 digits, any number of terms.
 
 There are two ways to work out `34 + 57 + 86`:
 
@@ -80,7 +80,7 @@ def take(state: tuple, text: str) -> tuple[tuple, tuple[int, int] | None]:
     """
     step = read_step(text)
     rest = operands_there(state, step[0]) if step else []
-    if not any(rest):  # unreadable, or a place that is added already or that no term has
+    if not any(rest):  # unreadable, or a place that was already added or that no term has
         return state, (0, len(text))
     words, [*numbers, total] = step
     operands, value, wrong = [int(number[0]) for number in numbers], int(total[0]), []
@@ -99,9 +99,9 @@ def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
     """For each step and answer: None if it is right, else (start, end) of its first error.
 
     attempt[start:end] is an unavailable operand, else the value, or the whole text if it cannot
-    be read. Available are terms, and values that the attempt has computed, right or wrong, until
-    they are added: a step that continues correctly from an earlier error is right. The answer is
-    right if it repeats the one value that is left.
+    be read. Terms and values computed by the attempt, right or wrong, are available until they
+    are added: a step that continues correctly from an earlier error is right. The answer is right
+    if it repeats the one value that is left.
     """
     state, verdicts = (read_problem(problem.problem), []), []
     for step in parse_steps(attempt):
@@ -121,7 +121,7 @@ def join_steps(texts: list[str], answer: int) -> str:
 
 
 def critique(problem, attempt: str) -> str | None:
-    """A corrected walk through the attempt, or None if the problem is not of this task.
+    """A corrected version of the attempt, or None if the problem is not of this task.
 
     A  all steps right: repeats them          C  unfinished: repeats the steps and finishes
     B  a step is missing: inserts it          D  a wrong step: repeats those before it, rewrites it

@@ -10,7 +10,8 @@ learns only some of the times tables. Three ingredients make it behave as large 
   them, so the model learns to read its context.
 - Half of all responses contain a wrong value, masked in the loss, and continue from it. So the
   model follows its own prefix, errors included.
-- With a reference in the prompt, a step imitates it with probability `drift`; otherwise, 0.1.
+- Each step goes the reference's way with probability `drift` if the prompt holds a reference,
+  otherwise 0.1.
 """
 
 import argparse

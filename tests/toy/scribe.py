@@ -87,7 +87,7 @@ def work_out(terms: list, ways: list, calculate=calculate) -> tuple[list[str], i
 def apply_step(terms: list, step: Calculation) -> tuple[list, str | None]:
     """The terms after an attempt's step, and its first error: "a", "b", "value" or None.
 
-    A wrong operand still uses up a term: the pending product that shares most factors with the
+    A wrong operand still uses up a term: the pending product that shares the most factors with the
     step, or the first pending value. So later steps can be right again.
     """
     operands = [step["a"], step["b"]]
@@ -137,13 +137,13 @@ def join_steps(texts: list[str], answer: int) -> str:
 
 
 def critique(problem, attempt: str) -> str | None:
-    """A corrected walk through the attempt, or None if the problem is not of this task.
+    """A corrected version of the attempt, or None if the problem is not of this task.
 
     A  all steps right: repeats them          C  unfinished: repeats the steps and finishes
     B  a step is missing: inserts it          D  a wrong step: repeats those before it, rewrites it
 
     It then continues in the way, own or reference, that the attempt uses at each step.
-    An attempt without a readable step gets a solution in the own way.
+    An attempt without a readable step gets an OWN solution.
     """
     terms, kept_texts, ways, right = read_problem(problem.problem), [], [], True
     for step in parse_steps(attempt):
