@@ -70,16 +70,17 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, monkeyp
     assert not list(out.rglob("*.new")) and run.test.main.call_args.args[0][0] == str(out)
 
 
-def test_every_problem_once_an_epoch_in_an_order_of_the_seed(run, tmp_path, problems):
+def test_every_problem_once_an_epoch_and_new_draws_a_step(run, tmp_path, problems, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", seeded := Mock(wraps=torch.manual_seed))
     texts, orders = [p.problem for p in problems], []
     for name, seed in ("a", 0), ("b", 1), ("c", 1):
         run(tmp_path / name, seed=seed, steps=6, condition="empty", eval_every=6)
-        samples = read_lines(tmp_path / name / "samples.jsonl")
-        order = [sample["problem"]["problem"] for sample in samples]
+        order = [s["problem"]["problem"] for s in read_lines(tmp_path / name / "samples.jsonl")]
         assert len(order) == 18  # 6 steps of 3: two epochs of 8 and a bit
         assert set(order[:8]) == set(order[8:16]) == set(texts) and order[:8] != order[8:16]
         orders.append(order[:8])
     assert texts != orders[0] != orders[1]
+    assert len({call.args for call in seeded.mock_calls}) >= 2 * 6  # steps of two seeds
     assert files_of(tmp_path / "b") == files_of(tmp_path / "c")  # the same seed, the same bytes
 
 
