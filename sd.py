@@ -499,9 +499,7 @@ def load_model(name, cfg):
         "has no end token in its vocabulary": not set(end_ids) <= set(vocabulary),
         "caps or scales its logits": scales - {None, 1.0},
         "is recurrent": model._is_stateful,
-        "has no linear layers": not any(
-            isinstance(m, nn.Linear) for m in model.base_model.modules()
-        ),
+        "has no linear layers": nn.Linear not in map(type, model.base_model.modules()),
     }
     for flaw, found in flaws.items():
         if found:
