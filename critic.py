@@ -182,7 +182,7 @@ RULES = [  # (pattern, replacement), in this order
 
 
 def last_answer(completion):
-    """The text of the last closed <answer>; empty if there is none."""
+    """The text of the last closed <answer>, or an empty text."""
     answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
     return answers[-1] if answers else ""
 
