@@ -1,8 +1,10 @@
 """Prepares a small pretrained chat model for sd.py, on sums that it finds hard.
 
-    python tests/sums/prepare.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/sums
+    python tests/sums/prepare.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/sums-1
+    python tests/sums/prepare.py --model runs/sums-1 --steps 24 --wrong-share 0.9 --seed 1 \\
+        --out runs/sums
     python sd.py --model runs/sums --data runs/sums --critic tests/sums/scribe.py \\
-        --dtype bfloat16 --lr 5e-5 --max-new-tokens 110 --out runs/sums-critique
+        --dtype bfloat16 --lr 1e-4 --max-new-tokens 110 --out runs/sums-critique
 
 Large chat models keep to a format, read a hint, and continue from their own errors. A small one has
 to be taught that, by a few steps of fine-tuning on random sums:
