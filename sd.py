@@ -113,7 +113,7 @@ class Rollout:
 
 
 def omit(r):
-    """Verdicts alone: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    """Verdicts: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
     right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
@@ -305,7 +305,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Sets context and teacher prompt, if no needed critique is missing and the prompt fits."""
+    """Sets the context, unless a needed critique is missing or the teacher's prompt is too long."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
     try:
@@ -342,8 +342,8 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
-    In nats. Positive: the teacher favours this token more than the student. With reverse KL as
-    the loss, A_t is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
+    In nats. Positive: the teacher favours this token more than the student does. With reverse KL
+    as the loss, A_t is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -546,7 +546,7 @@ OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
 def open_run(argv):
-    """Returns (settings, state) of a new run, or with --resume of the last checkpoint in --out."""
+    """Returns (settings, state) of a new run or, with --resume, of the last checkpoint in --out."""
     cfg = parse_args(argv)
     folder = Path(cfg.out)
     if not cfg.resume:

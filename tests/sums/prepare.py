@@ -10,8 +10,8 @@ Large chat models keep to a format, read a hint, and continue from their own err
 to be taught that, by a few steps of fine-tuning on random sums:
 
 - A third of the prompts are the student's. The others are the teacher's and contain a hint: a
-  solution in the way of the response, or a reference solution. A response goes the reference's way
-  with probability `FOLLOW` if the prompt has a reference, otherwise `SLIP`.
+  solution that goes the same way as the response, or a reference solution. A response goes the
+  reference's way with probability `FOLLOW` if the prompt has a reference, otherwise `SLIP`.
 - A share of the responses (`--wrong-share`) contain a wrong value. It is masked in the loss, and
   the steps after it continue from it. Without such responses, the teacher follows its hint
   where it should continue from the student's error.
