@@ -1,13 +1,13 @@
 """Self-distillation from feedback, in one file.
 
-    python sd.py --condition reference --seed 1
-    python sd.py --condition critique --resume
+    python sd.py --condition critique
+    python sd.py --condition reference --seed 1 --resume
     python sd.py --model Qwen/Qwen3-0.6B --data all.jsonl --critic http://localhost:8000/v1 ...
 
 The student writes an attempt at a problem. The teacher is the model that training started from,
 with a *context* in its prompt. It scores every token of that attempt, and the student is trained
-to predict them as the teacher does. After *The Role of Feedback Alignment in Self-Distillation*
-(Kara & Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss and group size:
+towards its distributions. After *The Role of Feedback Alignment in Self-Distillation* (Kara &
+Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss, group size and rate:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
     reference   context: the reference solution, which may go a different way from the student
@@ -109,11 +109,11 @@ class Rollout:
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # None: no teacher, as in grpo, or no usable context
-    advantages: list[float] = ()  # logged, for each token: A_t, or A_i in grpo
+    advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
 
 
 def omit(r):
-    """Verdicts: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    """No attempt: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
     right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
@@ -133,7 +133,7 @@ CONTEXTS = {
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the student's own prompt: the gradient is zero
+    "empty": lambda r: "",  # the student's own prompt: it agrees with the teacher and stays
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -174,7 +174,7 @@ class Method:
     steps: int = setting(70, "training steps")
     problems_per_step: int = setting(32, "problems in a training step")
     group_size: int | None = setting(None, "rollouts per problem; by default 8 in grpo, else 1")
-    lr: float | None = setting(None, "learning rate; by default the condition's own")
+    lr: float | None = setting(None, "learning rate; the default suits the toy")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "unused in grpo")
     temperature: float = setting(1.0, "sampling temperature, also used for scoring")
     max_new_tokens: int = setting(64, "longest completion in tokens")
@@ -195,7 +195,7 @@ class Memory:
 
 
 @dataclass
-class Config(Memory, Method, OwnModel, RunSettings):
+class Config(Memory, Method, OwnModel, RunSettings):  # fields begin with the last class
     """Every setting. The command line is generated from these classes."""
 
     def __post_init__(self):
@@ -208,7 +208,7 @@ class Config(Memory, Method, OwnModel, RunSettings):
 
 # ================================================================================ adapters
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer W and a correction of rank r, trained in fp32."""
+    """W x + (α/r) B A x: a frozen linear layer W and a correction of rank r, kept in fp32."""
 
     enabled = True  # one switch for all layers. Off: the teacher, without a second network
 
@@ -267,7 +267,7 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            # Cut after the first end token. Stripping padding would drop that token if pad = end.
+            # Cut after the first end token. Not before padding: pad may be the end token.
             length = next((t + 1 for t, token in enumerate(row) if token in end_ids), len(row))
             completions.append(row[:length])
     return completions
@@ -300,7 +300,7 @@ def ask_critic(rollouts, ask, group_size):
         rollout.critique, rollout.critic_failure = critique.text, critique.failure
     shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
     for rollout, other in zip(rollouts, shifted, strict=True):
-        if other.problem != rollout.problem:
+        if other.problem != rollout.problem:  # a batch may repeat a problem, or hold only one
             rollout.other_critique = other.critique
 
 
@@ -310,12 +310,12 @@ def give_context(rollout, tokenizer, cfg):
         return
     try:
         context = CONTEXTS[cfg.condition](rollout)
+        if context is None:
+            return
         message = solver_message(rollout.problem, context)
     except Exception as error:
         error.add_note(f"in the context {cfg.condition}: {CONTEXTS[cfg.condition].__code__}")
         raise
-    if context is None:
-        return
     prompt = encode_chats(tokenizer, [message], cfg.teacher_thinking)[0]
     if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:
         rollout.context, rollout.teacher_prompt = context, prompt
@@ -342,8 +342,8 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
-    In nats. Positive: the teacher favours this token more than the student does. With reverse KL
-    as the loss, A_t is the advantage: −∇ KL(student ‖ teacher) = E_{y_t ~ student}[A_t ∇ log π_θ].
+    In nats. Positive: the teacher favours this token more than the student does. In the policy
+    gradient of reverse KL it is the advantage: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -352,14 +352,14 @@ def token_advantages(student, teacher, tokens):
 def kl(log_p, log_q):
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): log-probs [n, V], [n, V] -> [n], in nats."""
     p, q = log_p.exp(), log_q.exp()
-    # The terms q − p sum to zero. They make the gradient in log p and log q exactly zero where
-    # p = q; without them AdamW scales rounding errors of 1e-8 up to full steps.
+    # Adding q − p changes no value, since Σ_v (q − p) = 0. But the gradient is now exactly zero
+    # where p = q; without it AdamW scales rounding errors of 1e-8 up to full steps.
     return (p * (log_p - log_q) + q - p).sum(-1)
 
 
 def jsd(student, teacher):
     """½ KL(teacher ‖ m) + ½ KL(student ‖ m), with the mixture m = ½ teacher + ½ student."""
-    # log(½ eˢ + ½ eᵗ), written so that it is exactly s where s = t
+    # log(½ eˢ + ½ eᵗ) = s + log(1 + eᵗ⁻ˢ) − log 2, which is exactly s where s = t
     mixture = student + (F.softplus(teacher - student) - math.log(2))
     return (kl(teacher, mixture) + kl(student, mixture)) / 2
 
@@ -436,7 +436,6 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
 
 
 # ================================================================================ end of the lesson
-# Below: what is logged, loading, checkpoints, the loop, the command line.
 def mean(values):
     values = list(values)
     return sum(values) / max(len(values), 1)
@@ -491,8 +490,9 @@ def load_model(name, cfg):
     end_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma 2, Cohere, ...
-    scales = {getattr(model.config, name, None) for name in names}
+    # Gemma 2, Cohere, ...: log_probs would leave this out
+    factors = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    scales = {getattr(model.config, factor, None) for factor in factors}
     flaws = {
         "lacks weights": info["missing_keys"],
         "has weights that are not finite": not all(p.isfinite().all() for p in model.parameters()),
@@ -541,7 +541,7 @@ def open_critic(cfg, model, tokenizer):
 
 
 # ================================================================================ checkpoints
-# Settings that may change on resume. Random draws depend on the kind of device.
+# Settings that may change on resume. On another kind of device the random draws differ.
 OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
 
@@ -638,7 +638,7 @@ def train(cfg, run):
     if first:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
-        write_logs(run, cfg)  # even if no step is left to do
+        write_logs(run, cfg)  # the files may be older or newer than the checkpoint
     batches = draw_batches(train_set, cfg)
     bar = tqdm(total=cfg.steps, initial=max(first - 1, 0), desc=cfg.condition)
     try:
@@ -683,7 +683,7 @@ def parse_args(argv, defaults=None):
     for name, value in args.items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            raise UserError(f"--{name} is {value}: it must be at least {least} and below a million")
+            raise UserError(f"--{name} is {value}: it must be positive and below a million")
     return Config(**args)
 
 
