@@ -29,7 +29,7 @@ class UserError(Exception):
 
 @contextmanager
 def atomic_write(path):
-    """A binary file that appears at the path, complete, when the block ends."""
+    """Atomic write: yields a temporary file, renamed to the path if the block succeeds."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another")
@@ -63,10 +63,10 @@ def read_problems(path):
             row = json.loads(line)
             problem = Problem(row["problem"], row["solution"], row["answer"])
             if not all(text.strip() for text in vars(problem).values()):
-                raise ValueError("an empty text")
+                raise ValueError("an empty string")
             "".join(vars(problem).values()).encode()  # a lone surrogate would break a tokenizer
         except Exception as error:  # json raises many types
-            wanted = "expected the texts problem, solution and answer"
+            wanted = "expected the strings problem, solution and answer"
             raise UserError(f"{path}, line {number}: {wanted}; got {error!r}") from None
         problems.append(problem)
     return problems
@@ -83,7 +83,7 @@ def load_problems(path):
         val = test + min(len(problems) // 10, 50)
         sets = [problems[val:], problems[test:val], problems[:test]]
     if not all(sets):
-        raise UserError(f"{path}: too few problems to train, validate and test; a file needs 10")
+        raise UserError(f"{path}: too few problems for train, val and test; one file needs 10")
     text, count = Counter(p.problem for problems in sets for p in problems).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: duplicate problem, {count} times: {text[:60]!r}")
@@ -182,7 +182,7 @@ RULES = [  # (pattern, replacement), in this order
 
 
 def last_answer(completion):
-    """The text of the last closed <answer>, or an empty text."""
+    """The text of the last closed <answer>, or an empty string."""
     answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
     return answers[-1] if answers else ""
 
@@ -212,7 +212,7 @@ def extract_answer(completion):
 
 
 def is_correct(completion, answer):
-    """The reward in training and the grade in evaluation. The label may be missing on one side."""
+    """The reward in training and the grade in evaluation. One side may lack the label."""
     value, label = read_answer(last_answer(completion))
     wanted, wanted_label = read_answer(answer)
     if value == "":

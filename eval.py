@@ -1,4 +1,4 @@
-"""What finished runs show: scores with intervals, advantages token by token, and one page of both.
+"""Evaluates finished runs: scores with intervals, per-token advantages, and an HTML page of both.
 
     python eval.py runs/grpo runs/reference runs/critique       the table
     python eval.py --advantages runs/critique                   its attempts under every context
@@ -99,7 +99,7 @@ def write(path, text):
 
 
 def sample(model, tokenizer, asked, cfg, label):
-    """A graded Attempt of each (problem, prompt). A file keeps the token ids of each batch."""
+    """A graded Attempt for each (problem, prompt). The token ids of each batch are cached."""
     identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
     for start in tqdm(range(0, len(asked), cfg.gen_batch), f"test: {label}", leave=False):
@@ -218,7 +218,7 @@ def token_ends(tokenizer, ids):
 
 
 def token_kinds(attempt, judge):
-    """Kinds of a wrong attempt's tokens: [T], from KINDS or PLACES, None outside steps. Else []."""
+    """[T] token kinds of a wrong attempt (KINDS or PLACES; None outside steps); [] for others."""
     text = attempt.text
     wrong = first_difference(text, attempt.critique or text)
     if attempt.reward or not (judge or wrong):
@@ -304,7 +304,7 @@ def learning_curves(rows):
             means.append(f"{step},{100 - sd.mean(values)}")
             last = max(last, step)
         condition = runs[0].cfg.condition
-        n = [*sd.CONTEXTS, condition].index(condition)  # it alone decides the colour and dash
+        n = [*sd.CONTEXTS, condition].index(condition)  # so a condition keeps its colour and dash
         colour = f"hsl({20 + 277 * n} 75% 50%)"
         style = f'stroke="{colour}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
         lines += f'<polygon points="{" ".join(highest + lowest)}" fill="{colour}" opacity=".2"/>'
@@ -320,7 +320,7 @@ def learning_curves(rows):
 
 
 def example(names, attempts, unfolded):
-    """An attempt under each context, tokens coloured by A_t. Other contexts start folded."""
+    """An attempt under each context, tokens coloured by A_t. Those in `unfolded` start open."""
     rows = ""
     for name, a in zip(names, attempts, strict=True):
         tokens = ""
@@ -352,13 +352,13 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>Lines are means of seeds, bands their range.</p><h2>What the contexts say</h2>
+<p>Lines are means of seeds, bands their range.</p><h2>Advantages under each context</h2>
 <p>reference: the reference solution; critique: the attempt, corrected; quote: the attempt, then the
-correction; omit: verdicts, then the correction; shuffled: a critique of another problem; answer:
+correction; omit: verdicts, then the correction; shuffled: another problem's critique; answer:
 the right answer; empty: nothing.</p><p>The task: solve the problem in the heading (right answer in
 brackets) step by step. An attempt is shown once per context, beside what the teacher sees. The
 colour of a token is A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token |
-problem) of the student, in nats: <i>change it (−5) … keep it (+5)</i>. Hover to see it.</p>
+problem) of the student, in nats: <i>change it (−5) … keep it (+5)</i>. Hover to see the value.</p>
 {"".join(examples)}</html>"""
 
 

@@ -6,12 +6,12 @@
 
 The student writes an attempt at a problem. The teacher is the model that training started from,
 with a *context* in its prompt. It scores every token of that attempt, and the student is trained
-towards its distributions. After *The Role of Feedback Alignment in Self-Distillation* (Kara &
-Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss, group size and rate:
+towards its token distributions. After *The Role of Feedback Alignment in Self-Distillation* (Kara &
+Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss, group size and --lr:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
-    reference   context: the reference solution, which may go a different way from the student
-    critique    context: the student's own attempt with its errors corrected, by a frozen critic
+    reference   context: the reference solution, which may take another route than the student
+    critique    context: the student's own attempt with its errors corrected by a frozen critic
 
 The parts of a training step, and their functions:
 
@@ -98,7 +98,7 @@ def encode_chats(tokenizer, messages, thinking=False):
 # ================================================================================ conditions
 @dataclass
 class Rollout:
-    problem: critic.Problem  # .problem, .solution (the reference) and .answer, all texts
+    problem: critic.Problem  # .problem, .solution (the reference) and .answer, all strings
     prompt: list[int]  # P token ids
     completion: list[int]  # T token ids as sampled, end token included; never re-tokenised
     text: str  # the completion, decoded; special tokens left out
@@ -108,19 +108,19 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher, as in grpo, or no usable context
+    teacher_prompt: list[int] | None = None  # None: no teacher (as in grpo) or no usable context
     advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
 
 
 def omit(r):
-    """No attempt: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
     right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
     return " ".join([*verdicts, correction(r.text, r.critique)])
 
 
-# THE FORK POINT. What the teacher sees, as a function of the rollout: a text, "" for nothing, or
+# THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
 # If it needs no critique, add it to NO_CRITIC. tests/toy/README.md has the words the toy knows.
 CONTEXTS = {
@@ -133,7 +133,7 @@ CONTEXTS = {
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the student's own prompt: it agrees with the teacher and stays
+    "empty": lambda r: "",  # the teacher has the student's prompt: loss 0, no update
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -158,7 +158,7 @@ class RunSettings:
 @dataclass
 class OwnModel:
     _argument_group_name = "your own model, data and critic"  # heading in --help
-    model: str = setting(str(TOY), "solver: folder or hub id of a chat model")
+    model: str = setting(str(TOY), "model to train: folder or hub id of a chat model")
     data: str = setting(str(TOY), "JSONL file, or folder with train, val and test.jsonl")
     critic: str = setting(f"{TOY}/scribe.py", "rule (.py file), model, or server (http://...)")
     critic_model: str | None = setting(None, "model name on the critic's server")
@@ -174,7 +174,7 @@ class Method:
     steps: int = setting(70, "training steps")
     problems_per_step: int = setting(32, "problems in a training step")
     group_size: int | None = setting(None, "rollouts per problem; by default 8 in grpo, else 1")
-    lr: float | None = setting(None, "learning rate; the default suits the toy")
+    lr: float | None = setting(None, "learning rate; by default the condition's best on the toy")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "unused in grpo")
     temperature: float = setting(1.0, "sampling temperature, also used for scoring")
     max_new_tokens: int = setting(64, "longest completion in tokens")
@@ -195,7 +195,7 @@ class Memory:
 
 
 @dataclass
-class Config(Memory, Method, OwnModel, RunSettings):  # fields begin with the last class
+class Config(Memory, Method, OwnModel, RunSettings):  # the last class's fields come first
     """Every setting. The command line is generated from these classes."""
 
     def __post_init__(self):
@@ -208,7 +208,7 @@ class Config(Memory, Method, OwnModel, RunSettings):  # fields begin with the la
 
 # ================================================================================ adapters
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer W and a correction of rank r, kept in fp32."""
+    """W x + (α/r) B A x: a frozen linear layer W and an update of rank r, with A and B in fp32."""
 
     enabled = True  # one switch for all layers. Off: the teacher, without a second network
 
@@ -229,7 +229,7 @@ class LoRALinear(nn.Module):
 
 
 def add_adapters(model, rank, alpha):
-    """Freezes the model, adapts each linear layer of its blocks, returns the new parameters."""
+    """Freezes the model, adapts each linear layer of its blocks and returns the new parameters."""
     model.requires_grad_(False)
     for name, layer in list(model.base_model.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -267,7 +267,7 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            # Cut after the first end token. Not before padding: pad may be the end token.
+            # Cut after the first end token. Don't look for padding: pad may be the end token.
             length = next((t + 1 for t, token in enumerate(row) if token in end_ids), len(row))
             completions.append(row[:length])
     return completions
@@ -293,7 +293,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
 
 # ================================================================================ 2. contexts
 def ask_critic(rollouts, ask, group_size):
-    """Gives each rollout a critique, or the reason it has none, and another problem's critique."""
+    """Gives each rollout a critique (or the reason it has none) and another problem's critique."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
     # a rule-based critic reads the rollouts, a language model the messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
@@ -305,7 +305,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Sets the context, unless a needed critique is missing or the teacher's prompt is too long."""
+    """Sets context and teacher_prompt, unless there is no usable context or it does not fit."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
     try:
@@ -323,7 +323,7 @@ def give_context(rollout, tokenizer, cfg):
 
 # ================================================================================ 3, 4. scoring
 def hidden_states(model, prompts, completions):
-    """The last hidden states, each of which predicts a token of the completions: [N, H]."""
+    """Last-layer states at the positions that predict the completion tokens: [N, H]."""
     sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
     # right-padded; causal attention never sees the padding, so no mask is needed
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
@@ -334,7 +334,7 @@ def hidden_states(model, prompts, completions):
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature, in fp32: [n, H] -> [n, V]. This layer has no adapter."""
+    """log π at the sampling temperature, fp32: [n, H] -> [n, V]. This layer is not adapted."""
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
@@ -342,8 +342,8 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
-    In nats. Positive: the teacher favours this token more than the student does. In the policy
-    gradient of reverse KL it is the advantage: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
+    In nats. Positive: the teacher favours this token more than the student does. A_t is
+    the advantage in reverse KL's policy gradient: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -375,7 +375,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
     """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
-    # A_i at every token. It is in grpo's loss; elsewhere A_t, for the logs, replaces it below.
+    # A_i at every token, for grpo's loss. Other conditions overwrite it below with A_t, to log it.
     advantages = [r.group_advantage for r in rollouts for _ in r.completion]
     advantages = torch.tensor(advantages, device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
@@ -384,8 +384,8 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
             prompts = [r.teacher_prompt for r in rollouts]
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
 
-    # A real model's logits of all N tokens do not fit in memory. So backward has two stages: from
-    # each chunk's loss to its hidden states, then once from all hidden states into the network.
+    # Logits of all N tokens may not fit in memory. So backward has two stages: from each chunk's
+    # loss to its hidden states, then once from all hidden states into the network.
     loss, gradients = 0.0, []
     for start in range(0, len(tokens), cfg.chunk):
         chunk = slice(start, start + cfg.chunk)
@@ -490,7 +490,7 @@ def load_model(name, cfg):
     end_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    # Gemma 2, Cohere, ...: log_probs would leave this out
+    # log_probs does not apply these (Gemma 2, Cohere, ...)
     factors = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     scales = {getattr(model.config, factor, None) for factor in factors}
     flaws = {
@@ -513,7 +513,7 @@ def load_model(name, cfg):
 
 
 def fingerprint(model):
-    """Hashes of the weights, which change if a weight does. Taken before adapters are added."""
+    """A hash of each weight tensor. Call it before adapters are added."""
     return [torch.hash_tensor(p).item() for p in model.parameters()]
 
 
@@ -529,7 +529,7 @@ def open_critic(cfg, model, tokenizer):
 
     def complete(messages):  # yields (text, failure) for each
         prompts = encode_chats(tokenizer, messages)
-        with adapters_off():  # a solver that is its own critic uses its base weights
+        with adapters_off():  # a critic that is also the trained model uses its base weights
             completions = generate(model, tokenizer, prompts, cfg.critic_batch, limit, 0)
         for prompt, completion in zip(prompts, completions, strict=True):
             ended = completion[-1] in model.generation_config.eos_token_id
@@ -645,7 +645,7 @@ def train(cfg, run):
         for step in range(first, cfg.steps + 1):
             row = {"step": step}
             if step > 0:
-                torch.manual_seed(1_000_003 * cfg.seed + step)  # no random state to save
+                torch.manual_seed(1_000_003 * cfg.seed + step)  # so no RNG state is saved
                 problems = batches[step - 1]
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
@@ -683,7 +683,7 @@ def parse_args(argv, defaults=None):
     for name, value in args.items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            raise UserError(f"--{name} is {value}: it must be positive and below a million")
+            raise UserError(f"--{name} {value}: must be > 0 (--seed: >= 0) and below a million")
     return Config(**args)
 
 
@@ -698,7 +698,7 @@ def command_line(program):
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
         text = " ".join(paint(str(error)).split()) or "interrupted"
         if isinstance(error, RuntimeError) and "allocate" not in text:
-            raise  # a bug of ours. Out of memory is a RuntimeError, too
+            raise  # a bug, unlike out of memory, which is a RuntimeError too
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
 

@@ -6,14 +6,14 @@
     python sd.py --model runs/sums --data runs/sums --critic tests/sums/scribe.py \\
         --dtype bfloat16 --lr 1e-4 --max-new-tokens 110 --out runs/sums-critique
 
-Large chat models keep to a format, read a hint, and continue from their own errors. A small one has
-to be taught that, by a few steps of fine-tuning on random sums:
+Large chat models keep to a format, read a context, and continue from their own errors. A small one
+has to be taught that, by a few steps of fine-tuning on random sums:
 
-- A third of the prompts are the student's. The others are the teacher's and contain a hint: a
+- A third of the prompts are the student's. The others are the teacher's and contain a context: a
   solution that goes the same way as the response, or a reference solution. A response goes the
   reference's way with probability `FOLLOW` if the prompt has a reference, otherwise `SLIP`.
 - A share of the responses (`--wrong-share`) contain a wrong value. It is masked in the loss, and
-  the steps after it continue from it. Without such responses, the teacher follows its hint
+  the steps after it continue from it. Without such responses, the teacher follows its context
   where it should continue from the student's error.
 
 The folder then holds the model, its tokenizer, and train, val and test.jsonl.
@@ -72,7 +72,7 @@ def draw_problems(args) -> dict[str, list[Problem]]:
 @dataclass
 class Sample:
     problem: Problem
-    hint: str | None
+    context: str | None
     response: str
     masked: list[tuple[int, int]]  # response[start:end] of wrong values, left out of the loss
 
@@ -85,11 +85,12 @@ def change_digit(rng: random.Random, value: int) -> int:
     return int("".join(digits))
 
 
-def draw_sample(rng: random.Random, args, with_hint: bool) -> Sample:
-    """A sum, perhaps with a hint, and a response, perhaps with a wrong value."""
-    terms, kind = draw_terms(rng, args), rng.choice(["own", "reference"]) if with_hint else "none"
+def draw_sample(rng: random.Random, args, with_context: bool) -> Sample:
+    """A sum, perhaps with a context, and a response, perhaps with a wrong value."""
+    terms = draw_terms(rng, args)
+    kind = rng.choice(["own", "reference"]) if with_context else "none"
     way = REFERENCE if rng.random() < (FOLLOW if kind == "reference" else SLIP) else OWN
-    hint = {"none": None, "own": solve(terms, way), "reference": solve(terms, REFERENCE)}[kind]
+    context = {"none": None, "own": solve(terms, way), "reference": solve(terms, REFERENCE)}[kind]
     steps = len(work_out((terms, []), way)[0])
     wrong = rng.randrange(steps) if rng.random() < args.wrong_share else None
     number = iter(range(steps))
@@ -99,12 +100,12 @@ def draw_sample(rng: random.Random, args, with_hint: bool) -> Sample:
         return change_digit(rng, value) if next(number) == wrong else value
 
     problem, response = make_problem(terms), solve(terms, way, add)
-    return Sample(problem, hint, response, [span for span in judge(problem, response) if span])
+    return Sample(problem, context, response, [span for span in judge(problem, response) if span])
 
 
 def encode(tokenizer, samples: list[Sample], end: int) -> tuple[list, list, list]:
     """Token ids of prompts and responses, end token included, and masks of the trained tokens."""
-    prompts = sd.encode_chats(tokenizer, [sd.solver_message(s.problem, s.hint) for s in samples])
+    prompts = sd.encode_chats(tokenizer, [sd.solver_message(s.problem, s.context) for s in samples])
     responses, trained = [], []
     for sample in samples:
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
@@ -125,8 +126,8 @@ def fine_tune(model, tokenizer, args) -> None:
     schedule = LambdaLR(optimizer, lambda n: min((n + 1) / rise, (args.steps - n) / fall))
     bar = tqdm(range(args.steps), "fine-tuning")
     for step in bar:
-        with_hint = step % 3 > 0  # two batches in three
-        samples = [draw_sample(rng, args, with_hint) for _ in range(BATCH)]
+        with_context = step % 3 > 0  # two batches in three
+        samples = [draw_sample(rng, args, with_context) for _ in range(BATCH)]
         prompts, responses, trained = encode(tokenizer, samples, end)
         with torch.autocast(model.device.type, torch.bfloat16):
             states = sd.hidden_states(model, prompts, responses)  # [N, H]
