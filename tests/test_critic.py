@@ -149,7 +149,7 @@ BAD_LINES = {  # a file's first lines -> what is said
     GOOD + "\n\n[1]": "line 3: expected",
     GOOD.replace("p", "\\ud800", 2): "line 1: expected",
     GOOD.replace('"s"', '"\udcff"'): "line 1: expected",  # not UTF-8
-    GOOD.replace('"s"', '" "'): "an empty text",
+    GOOD.replace('"s"', '" "'): "an empty string",
     GOOD.replace('"1"', "1"): "line 1: expected",
     GOOD + "\n" + GOOD: "duplicate problem, 2 times: 'p'",
 }
