@@ -683,7 +683,7 @@ def parse_args(argv, defaults=None):
     for name, value in args.items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            raise UserError(f"--{name} is {value}: not > 0 (--seed: >= 0) and below a million")
+            raise UserError(f"--{name} is {value}: must be > 0 (seed >= 0) and below a million")
     return Config(**args)
 
 
