@@ -352,13 +352,13 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>Lines are means of seeds, bands their range.</p><h2>Advantages under each context</h2>
-<p>reference: the reference solution; critique: the attempt, corrected; quote: the attempt, then the
-correction; omit: verdicts, then the correction; shuffled: another problem's critique; answer:
-the right answer; empty: nothing.</p><p>The task: solve the problem in the heading (right answer in
-brackets) step by step. An attempt is shown once per context, beside what the teacher sees. The
-colour of a token is A<sub>t</sub> = log π(token | problem, context) of the teacher − log π(token |
-problem) of the student, in nats: <i>change it (−5) … keep it (+5)</i>. Hover to see the value.</p>
+<p>Curves: mean and range of seeds. A_t tables cover attempts with a teacher; tokens: share of all
+tokens; pushed down: tokens of right attempts, A_t &lt; −0.5.</p><h2>Advantages under each
+context</h2><p>reference: a solution; critique: the attempt, corrected; quote: the attempt, then the
+correction; omit: verdicts, then the correction; shuffled: another problem's critique; answer: the
+right answer; empty: nothing.</p><p>Each attempt stands under its problem (right answer), beside
+what the teacher sees. A token's colour is A_t = log π_teacher(token | problem, context) − log
+π_student(token | problem), in nats: <i>change it (−5) … keep it (+5)</i>. Hover to see it.</p>
 {"".join(examples)}</html>"""
 
 
@@ -380,7 +380,7 @@ def parse_args(argv):
     for path in map(Path, filter(None, [args.html, args.json, args.out])):
         is_data = path.resolve() == Path(args.data or "").resolve()
         if is_data or path.exists() != path.is_file() or not path.parent.is_dir():
-            parser.error(f"{path} must be a file in an existing folder, not --data")
+            parser.error(f"{path} must be a file in an existing folder, other than --data")
     return args
 
 
@@ -400,7 +400,7 @@ def score_contexts(subject, problems, unfolded, k, cfg):
     numbers = analyse(readings, a + b, k)
     ones = [replace(attempt, advantages=[1.0] * len(attempt.kinds)) for attempt in attempts]
     shares = analyse({"tokens": ones}, b, k) | numbers  # shares of all tokens, then of |A_t|
-    text = table("mean A_t in nats, wrong attempts; accuracy of the teacher, %", a, numbers)
+    text = table(f"wrong attempts of {subject.model}: A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
     columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
     examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]

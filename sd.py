@@ -466,9 +466,9 @@ def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     if not rollout.teacher_prompt:  # no teacher, so no A_t
-        return tqdm.write(f"attempt: {paint(rollout.text)}")
+        return tqdm.write(paint(f"attempt, no teacher {rollout.critic_failure}: {rollout.text}"))
     tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
-    tqdm.write(f"A_t in nats: {paint('change it', -1)}, {paint('keep it', 1)}")
+    tqdm.write(f"if |A_t| >= 1, in nats: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
     if words:
@@ -552,7 +552,7 @@ def open_run(argv):
     if not cfg.resume:
         # last.pt.new is left over if the first save was killed
         if folder.exists() and any(f.name != "last.pt.new" for f in folder.iterdir()):
-            raise UserError(f"{folder} is not empty: --resume it, or choose another --out")
+            raise UserError(f"{folder} is not empty: --resume or delete it, or use another --out")
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
@@ -650,7 +650,7 @@ def train(cfg, run):
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
                 row |= metrics | rollout_metrics(rollouts)
-                bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
+                bar.set_postfix(loss=row["loss"], masked=row["masked"], best_avg=run["best_avg"])
                 bar.update()
             run["metrics"].append(row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
