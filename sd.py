@@ -100,11 +100,11 @@ def encode_chats(tokenizer, messages, thinking=False):
 class Rollout:
     problem: critic.Problem  # .problem, .solution (the reference) and .answer, all strings
     prompt: list[int]  # P token ids
-    completion: list[int]  # T token ids as sampled, end token included; never re-tokenised
+    completion: list[int]  # T token ids as sampled, with the end token; never re-tokenised
     text: str  # the completion, decoded; special tokens left out
     reward: float  # 1 right, 0 wrong
     group_advantage: float = 0.0  # A_i, used by grpo alone
-    critique: str | None = None  # the critic's corrected attempt; None if the critic failed
+    critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
@@ -174,7 +174,7 @@ class Method:
     steps: int = setting(70, "training steps")
     problems_per_step: int = setting(32, "problems in a training step")
     group_size: int | None = setting(None, "rollouts per problem; by default 8 in grpo, else 1")
-    lr: float | None = setting(None, "learning rate; by default the condition's best on the toy")
+    lr: float | None = setting(None, "learning rate; by default one of LEARNING_RATES")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "unused in grpo")
     temperature: float = setting(1.0, "sampling temperature, also used for scoring")
     max_new_tokens: int = setting(64, "longest completion in tokens")
@@ -259,7 +259,7 @@ def group_advantages(rewards):
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
     """One completion of each prompt, up to and including the first end token: B lists of T ids."""
     end_ids = model.generation_config.eos_token_id  # a list: see load_model
-    # Samples from the distribution that is scored later: no top-k. Temperature 0 is greedy.
+    # Samples what is scored later: no top-k; load_model resets the rest. Temperature 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     completions = []
     for start in range(0, len(prompts), batch_size):
@@ -305,7 +305,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, tokenizer, cfg):
-    """Sets context and teacher_prompt, unless there is no usable context or it does not fit."""
+    """Sets context and teacher_prompt, unless critique or context is missing or does not fit."""
     if rollout.critique is None and cfg.condition not in NO_CRITIC:
         return
     try:
