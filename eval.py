@@ -25,7 +25,7 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import multimode
+from statistics import fmean, multimode
 
 import torch
 from tqdm import tqdm
@@ -46,12 +46,12 @@ SETTINGS += ["critic", "seed"]
 class Subject:
     model: str  # folder or hub id of the weights; a run's best checkpoint
     base: str  # the teacher: the model a run started from, or the plain model itself
-    cfg: sd.Config = None  # runs only: the settings
+    cfg: argparse.Namespace = None  # runs only: the settings
     curve: dict = None  # runs only: {step: validation Avg}
 
     def load(self, cfg):
         """(model, tokenizer). A run's checkpoint is loaded as it was saved, in fp32."""
-        return sd.load_model(self.model, replace(cfg, dtype="float32") if self.cfg else cfg)
+        return sd.load_model(self.model, cfg.device, "float32" if self.cfg else cfg.dtype)
 
 
 def open_subject(name):
@@ -63,7 +63,7 @@ def open_subject(name):
     if not (folder / "metrics.jsonl").exists():
         return Subject(name, name)
     try:
-        cfg = sd.Config(**json.loads((folder / "config.json").read_text()))
+        cfg = sd.parse_args([], json.loads((folder / "config.json").read_text()))
         lines = map(json.loads, (folder / "metrics.jsonl").open())
         curve = {line["step"]: line["val_avg"] for line in lines if "val_avg" in line}
     except (ValueError, TypeError, LookupError) as error:
@@ -100,7 +100,7 @@ def write(path, text):
 
 def sample(model, tokenizer, asked, cfg, label):
     """A graded Attempt for each (problem, prompt). The token ids of each batch are cached."""
-    identity = [sd.fingerprint(model), model.config, model.generation_config, cfg.device, cfg.seed]
+    identity = [model.fingerprint, model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
     for start in tqdm(range(0, len(asked), cfg.gen_batch), f"test: {label}", leave=False):
         batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
@@ -140,10 +140,10 @@ def group_scores(attempts):
     """[Avg@k, Maj@k, Pass@k, mean length] of k attempts at a problem; ties share Maj's point."""
     rewards = [a.reward for a in attempts]
     answers = [critic.extract_answer(a.text) for a in attempts]
-    winners = multimode(filter(None, answers))
     reward_of = dict(zip(answers, rewards, strict=True))
-    maj, length = sd.mean(map(reward_of.get, winners)), sd.mean(len(a.completion) for a in attempts)
-    return [100 * sd.mean(rewards), 100 * maj, 100 * max(rewards), length]
+    winners = [reward_of[answer] for answer in multimode(filter(None, answers))]
+    length = fmean(len(a.completion) for a in attempts)
+    return [100 * fmean(rewards), 100 * fmean(winners or [0]), 100 * max(rewards), length]
 
 
 def measure(label, subjects, problems, k, cfg):
@@ -194,7 +194,7 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
     for name in sd.CONTEXTS:
         copies = [replace(attempt) for attempt in attempts]
         for copy in copies:
-            sd.give_context(copy, tokenizer, replace(cfg, condition=name))
+            sd.give_context(copy, name, tokenizer, cfg.teacher_thinking)
         with_teacher = [copy for copy in copies if copy.teacher_prompt]
         if not with_teacher:
             continue
@@ -251,13 +251,13 @@ def metric(attempt, name):
     if name == "teacher right":
         return 100 * attempt.teacher_right
     if name == "pushed down" and attempt.reward and advantages:
-        return 100 * sd.mean(a < -0.5 for a in advantages)
+        return 100 * fmean(a < -0.5 for a in advantages)
     kind = name.removeprefix("share ")
     here = [a for a, k in zip(advantages, attempt.kinds, strict=False) if k == kind]
     if not here:
         return math.nan
     if name == kind:
-        return sd.mean(here)
+        return fmean(here)
     return 100 * sum(map(abs, here)) / (sum(map(abs, advantages)) or math.nan)
 
 
@@ -301,7 +301,7 @@ def learning_curves(rows):
             values = [s.curve[step] for s in runs if step in s.curve]
             highest.append(f"{step},{100 - max(values)}")
             lowest.insert(0, f"{step},{100 - min(values)}")
-            means.append(f"{step},{100 - sd.mean(values)}")
+            means.append(f"{step},{100 - fmean(values)}")
             last = max(last, step)
         condition = runs[0].cfg.condition
         n = [*sd.CONTEXTS, condition].index(condition)  # so a condition keeps its colour and dash
@@ -370,7 +370,7 @@ def parse_args(argv):
     parser.add_argument("--keep-band", nargs=2, type=float)
     parser.add_argument("--k", type=int, default=12)
     for name in ["advantages", "html", "json", "data", "out", *SETTINGS]:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+        parser.add_argument(f"--{name.replace('_', '-')}")
     args = parser.parse_intermixed_args(argv)
     if args.k < 1 or not (args.subjects or args.advantages):
         parser.error("needs a run or a model, and --k of at least 1; see --help")
@@ -387,7 +387,7 @@ def parse_args(argv):
 def score_contexts(subject, problems, unfolded, k, cfg):
     """(numbers, tables, HTML examples) of the subject's attempts under every context."""
     student, tokenizer = subject.load(cfg)
-    teacher, _ = sd.load_model(subject.base, cfg)
+    teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
     attempts = sample_attempts(student, tokenizer, problems, k, cfg)
     sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer), 1)
     judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
@@ -411,8 +411,8 @@ def report(args):
     subjects = [open_subject(name) for name in dict.fromkeys(args.subjects)]
     scored = open_subject(args.advantages or subjects[0].base)
     first = next((vars(s.cfg) for s in [*subjects, scored] if s.cfg), {})
-    given = [f"--{name}={vars(args)[name]}" for name in SETTINGS if vars(args)[name]]
-    cfg = sd.parse_args(given, first | {"seed": 2})
+    given = {name: vars(args)[name] for name in SETTINGS if vars(args)[name]}
+    cfg = sd.parse_args([], first | {"seed": 2} | given)
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
     if not problems:
         raise UserError(f"{args.data} has no problems")

@@ -26,15 +26,14 @@ The parts of a training step, and their functions:
                     averaged over all tokens that the step trains on         accumulate_gradients
     7. update       one AdamW step on the LoRA adapters                                train_step
 
-The lesson ends with `train_step`; loading, checkpoints and the command line follow. Left out: ratio
-clipping, a KL penalty towards a reference policy, a learning-rate schedule, several GPUs.
+The lesson ends with `train_step`; loading, checkpoints and the flags (`cfg`) follow. Left out:
+ratio clipping, a KL penalty towards a reference policy, a learning-rate schedule, several GPUs.
 
 Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem;
 N completion tokens in a micro-batch, no padding; n of them in a chunk; H hidden size; V vocabulary.
 """
 
 import argparse
-import copy
 import json
 import math
 import random
@@ -42,15 +41,14 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
 import critic
 from critic import UserError, atomic_write, correction, first_difference, is_correct, parse_steps
@@ -83,8 +81,7 @@ Student's attempt: {attempt}"""
 
 def solver_message(problem, context=None):
     """The student's message; with a context, the teacher's. One template for both."""
-    hint = [HELP, context] if context else []
-    return "\n\n".join([SOLVE, problem.problem, *hint])
+    return "\n\n".join([SOLVE, problem.problem] + ([HELP, context] if context else []))
 
 
 def encode_chats(tokenizer, messages, thinking=False):
@@ -136,74 +133,6 @@ CONTEXTS = {
     "empty": lambda r: "",  # the teacher has the student's prompt: loss 0, no update
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
-
-# The best of a grid on the toy's validation problems. Other conditions use critique's rate.
-LEARNING_RATES = {"grpo": 5e-4, "reference": 4e-3, "critique": 4e-3}
-
-
-# ================================================================================ settings
-def setting(default, help):
-    shown = "" if default is None else f" [{default}]"
-    return field(default=default, metadata={"help": help + shown})
-
-
-@dataclass
-class RunSettings:
-    condition: Literal[tuple(CONTEXTS)] = setting("critique", "what the teacher sees")
-    seed: int = setting(0, "seeds adapters, problem order and sampling")
-    out: str | None = setting(None, "folder of the run; by default runs/CONDITION[-SEED]")
-    resume: bool = setting(False, "continue the run in --out from its last checkpoint")
-
-
-@dataclass
-class OwnModel:
-    _argument_group_name = "your own model, data and critic"  # heading in --help
-    model: str = setting(str(TOY), "model to train: folder or hub id of a chat model")
-    data: str = setting(str(TOY), "JSONL file, or folder with train, val and test.jsonl")
-    critic: str = setting(f"{TOY}/scribe.py", "rule (.py file), model, or server (http://...)")
-    critic_model: str | None = setting(None, "model name on the critic's server")
-    critic_max_tokens: int = setting(4096, "longest critique in tokens, thinking included")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1")
-    dtype: str | None = setting(None, "frozen weights; by default bfloat16 on cuda, else float32")
-
-
-@dataclass
-class Method:
-    _argument_group_name = "method"
-    teacher_thinking: bool = setting(False, "enable_thinking in the teacher's prompt")
-    steps: int = setting(70, "training steps")
-    problems_per_step: int = setting(32, "problems in a training step")
-    group_size: int | None = setting(None, "rollouts per problem; by default 8 in grpo, else 1")
-    lr: float | None = setting(None, "learning rate; by default one of LEARNING_RATES")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = setting("forward_kl", "unused in grpo")
-    temperature: float = setting(1.0, "sampling temperature, also used for scoring")
-    max_new_tokens: int = setting(64, "longest completion in tokens")
-    lora_rank: int = setting(64, "rank of the adapters")
-    lora_alpha: float = setting(128.0, "adapters are scaled by lora_alpha / lora_rank")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    eval_every: int = setting(10, "steps between validations")
-    val_samples: int = setting(8, "samples per validation problem")
-
-
-@dataclass
-class Memory:
-    _argument_group_name = "memory (gen_batch changes the random draws, the others only rounding)"
-    gen_batch: int = setting(512, "rollouts sampled at once")
-    micro_batch: int = setting(64, "rollouts scored at once")
-    chunk: int = setting(256, "completion tokens whose logits are held at once")
-    critic_batch: int = setting(8, "critiques generated at once: batch size or parallel requests")
-
-
-@dataclass
-class Config(Memory, Method, OwnModel, RunSettings):  # the last class's fields come first
-    """Every setting. The command line is generated from these classes."""
-
-    def __post_init__(self):
-        """Fills in the automatic values."""
-        self.out = self.out or f"runs/{self.condition}" + (f"-{self.seed}" if self.seed else "")
-        self.dtype = self.dtype or ("bfloat16" if "cuda" in self.device else "float32")
-        self.group_size = self.group_size or (8 if self.condition == "grpo" else 1)
-        self.lr = self.lr or LEARNING_RATES.get(self.condition, LEARNING_RATES["critique"])
 
 
 # ================================================================================ adapters
@@ -277,11 +206,9 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     """group_size graded rollouts of each problem, grouped by problem."""
     problems = [p for p in problems for _ in range(group_size)]
     prompts = encode_chats(tokenizer, [solver_message(p) for p in problems])
-    completions = generate(
-        model, tokenizer, prompts, cfg.gen_batch, cfg.max_new_tokens, cfg.temperature
-    )
+    rows = generate(model, tokenizer, prompts, cfg.gen_batch, cfg.max_new_tokens, cfg.temperature)
     rollouts = []
-    for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
+    for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
         text = tokenizer.decode(completion, skip_special_tokens=True)
         reward = float(is_correct(text, problem.answer))
         rollouts.append(Rollout(problem, prompt, completion, text=text, reward=reward))
@@ -304,19 +231,19 @@ def ask_critic(rollouts, ask, group_size):
             rollout.other_critique = other.critique
 
 
-def give_context(rollout, tokenizer, cfg):
+def give_context(rollout, condition, tokenizer, thinking):
     """Sets context and teacher_prompt, unless critique or context is missing or does not fit."""
-    if rollout.critique is None and cfg.condition not in NO_CRITIC:
+    if rollout.critique is None and condition not in NO_CRITIC:
         return
     try:
-        context = CONTEXTS[cfg.condition](rollout)
+        context = CONTEXTS[condition](rollout)
         if context is None:
             return
         message = solver_message(rollout.problem, context)
     except Exception as error:
-        error.add_note(f"in the context {cfg.condition}: {CONTEXTS[cfg.condition].__code__}")
+        error.add_note(f"in the context {condition}: {CONTEXTS[condition].__code__}")
         raise
-    prompt = encode_chats(tokenizer, [message], cfg.teacher_thinking)[0]
+    prompt = encode_chats(tokenizer, [message], thinking)[0]
     if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:
         rollout.context, rollout.teacher_prompt = context, prompt
 
@@ -364,11 +291,8 @@ def jsd(student, teacher):
     return (kl(teacher, mixture) + kl(student, mixture)) / 2
 
 
-DIVERGENCES = {  # D(student, teacher): log-probs [n, V], [n, V] -> [n]
-    "forward_kl": lambda student, teacher: kl(teacher, student),  # the paper's D
-    "reverse_kl": lambda student, teacher: kl(student, teacher),
-    "jsd": jsd,
-}
+# D(student, teacher): log-probs [n, V], [n, V] -> [n]. The paper's is forward_kl.
+DIVERGENCES = {"forward_kl": lambda s, t: kl(t, s), "reverse_kl": kl, "jsd": jsd}
 
 
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
@@ -381,8 +305,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
     if cfg.condition != "grpo":
         with torch.no_grad(), adapters_off():
-            prompts = [r.teacher_prompt for r in rollouts]
-            teacher_states = hidden_states(model, prompts, completions)  # [N, H]
+            teacher_states = hidden_states(model, [r.teacher_prompt for r in rollouts], completions)
 
     # Logits of all N tokens may not fit in memory. So backward has two stages: from each chunk's
     # loss to its hidden states, then once from all hidden states into the network.
@@ -402,10 +325,10 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
         loss += losses.sum().item() / step_tokens
         gradients.append(states.grad)
     student_states.backward(torch.cat(gradients))
-
-    by_rollout = advantages.split([len(c) for c in completions])
-    for rollout, values in zip(rollouts, by_rollout, strict=True):
-        rollout.advantages = values.tolist()
+    for rollout, part in zip(
+        rollouts, advantages.split([len(c) for c in completions]), strict=True
+    ):
+        rollout.advantages = part.tolist()
     return loss
 
 
@@ -416,7 +339,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     if cfg.condition not in NO_CRITIC:
         ask_critic(rollouts, ask, cfg.group_size)
     for rollout in rollouts:
-        give_context(rollout, tokenizer, cfg)
+        give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
     trained = [r for r in rollouts if cfg.condition == "grpo" or r.teacher_prompt is not None]
 
     # A mean over all tokens of the step: the gradient does not depend on micro_batch.
@@ -426,32 +349,23 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
         batch = trained[start : start + cfg.micro_batch]
         loss += accumulate_gradients(model, batch, step_tokens, cfg)
 
-    adapters = optimizer.param_groups[0]["params"]
-    grad_norm = nn.utils.clip_grad_norm_(adapters, cfg.max_grad_norm).item()
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
     if not math.isfinite(loss + grad_norm):
-        raise UserError(f"loss {loss}, gradient norm {grad_norm}: stopped; try a lower --lr")
+        raise UserError(f"loss {loss}, gradient norm {grad_norm:g}: stopped; try a lower --lr")
     optimizer.step()  # without a rollout to train on, gradients are None and this does nothing
     optimizer.zero_grad()
-    return rollouts, {"loss": loss, "grad_norm": grad_norm}
-
-
-# ================================================================================ end of the lesson
-def mean(values):
-    values = list(values)
-    return sum(values) / max(len(values), 1)
-
-
-def rollout_metrics(rollouts):
-    """Means over a step's rollouts; advantages are averaged over tokens."""
-    return {
-        "reward": mean(r.reward for r in rollouts),
-        "length": mean(len(r.completion) for r in rollouts),
-        "advantage": mean(a for r in rollouts for a in r.advantages),
-        "masked": mean(not r.advantages for r in rollouts),
-        "critic_failed": mean(bool(r.critic_failure) for r in rollouts),
+    return rollouts, {
+        "loss": loss,
+        "grad_norm": grad_norm.item(),
+        "reward": fmean(r.reward for r in rollouts),
+        "length": fmean(len(r.completion) for r in rollouts),
+        "advantage": fmean([a for r in rollouts for a in r.advantages] or [0]),
+        "masked": fmean(not r.advantages for r in rollouts),
+        "critic_failed": fmean(bool(r.critic_failure) for r in rollouts),
     }
 
 
+# ================================================================================ end of the lesson
 def paint(text, advantage=0.0):
     """The text for a terminal. If |A_t| >= 1: with A_t, on blue (keep) or orange (change)."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
@@ -475,29 +389,26 @@ def show(rollout, tokens, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
 
-# ================================================================================ model and critic
-def load_model(name, cfg):
+def load_model(name, device, dtype):
     """Loads (model, tokenizer) from a folder or hub id. Raises UserError on unusable models."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         encode_chats(tokenizer, ["a message"])  # raises if the chat template is missing or broken
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=cfg.dtype, trust_remote_code=False, output_loading_info=True
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-        model.to(cfg.device).eval()  # eval: no dropout
+        model.to(device).eval()  # eval: no dropout
     except Exception as error:  # the libraries raise many exception types
         raise UserError(f"cannot load the model {name}: {error}") from None
     end_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    # log_probs does not apply these (Gemma 2, Cohere, ...)
-    factors = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    scales = {getattr(model.config, factor, None) for factor in factors}
+    factors = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma 2, Cohere, ...
     flaws = {
         "lacks weights": info["missing_keys"],
         "has weights that are not finite": not all(p.isfinite().all() for p in model.parameters()),
         "has no end token in its vocabulary": not set(end_ids) <= set(vocabulary),
-        "caps or scales its logits": scales - {None, 1.0},
+        "caps or scales logits": {getattr(model.config, f, None) for f in factors} - {None, 1.0},
         "is recurrent": model._is_stateful,
         "has no linear layers": nn.Linear not in map(type, model.base_model.modules()),
     }
@@ -509,12 +420,8 @@ def load_model(name, cfg):
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", 10**9)
     # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
+    model.fingerprint = [torch.hash_tensor(p).item() for p in model.parameters()]
     return model, tokenizer
-
-
-def fingerprint(model):
-    """A hash of each weight tensor. Call it before adapters are added."""
-    return [torch.hash_tensor(p).item() for p in model.parameters()]
 
 
 def open_critic(cfg, model, tokenizer):
@@ -524,23 +431,22 @@ def open_critic(cfg, model, tokenizer):
     if cfg.critic.startswith(("http://", "https://")):
         return critic.server_critic(cfg)
     if cfg.critic != cfg.model:
-        model, tokenizer = load_model(cfg.critic, cfg)
-    limit = cfg.critic_max_tokens
+        model, tokenizer = load_model(cfg.critic, cfg.device, cfg.dtype)
 
     def complete(messages):  # yields (text, failure) for each
         prompts = encode_chats(tokenizer, messages)
         with adapters_off():  # a critic that is also the trained model uses its base weights
-            completions = generate(model, tokenizer, prompts, cfg.critic_batch, limit, 0)
-        for prompt, completion in zip(prompts, completions, strict=True):
+            rows = generate(model, tokenizer, prompts, cfg.critic_batch, cfg.critic_max_tokens, 0)
+        for prompt, completion in zip(prompts, rows, strict=True):
             ended = completion[-1] in model.generation_config.eos_token_id
             fits = len(prompt + completion) <= tokenizer.model_max_length
             text = tokenizer.decode(completion, skip_special_tokens=True)
             yield text, "" if ended and fits else "cut off"
 
-    return critic.cached(complete, [fingerprint(model), limit])  # ask(), with cached answers
+    return critic.cached(complete, [model.fingerprint, cfg.critic_max_tokens])  # ask()
 
 
-# ================================================================================ checkpoints
+# ================================================================================ runs
 # Settings that may change on resume. On another kind of device the random draws differ.
 OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
@@ -561,19 +467,19 @@ def open_run(argv):
         raise UserError(f"cannot resume {folder}: {error}") from None
     cfg = parse_args(argv, saved)  # a changed setting in argv is refused below
     for name, value in saved.items():
-        if getattr(cfg, name) != value:
-            raise UserError(f"{folder} was started with --{name} {value}, now {getattr(cfg, name)}")
+        flag, now = name.replace("_", "-"), getattr(cfg, name)
+        if now != value:
+            raise UserError(f"{folder} was started with --{flag} {value}, now {now}")
     cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
 
 
 def write_logs(run, cfg):
     """Writes what can be read while training: config.json, metrics.jsonl and samples.jsonl."""
-    folder = Path(cfg.out)
-    (folder / "config.json").write_text(json.dumps(vars(cfg), indent=2))
+    Path(f"{cfg.out}/config.json").write_text(json.dumps(vars(cfg), indent=2))
     for name in ("metrics", "samples"):
         lines = [json.dumps(row) + "\n" for row in run[name]]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        Path(f"{cfg.out}/{name}.jsonl").write_text("".join(lines))
 
 
 @torch.no_grad()
@@ -588,34 +494,26 @@ def save_merged(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-# ================================================================================ training
 def draw_batches(problems, cfg):
-    """The problems of each step: reshuffled every epoch, one epoch after another."""
+    """The problems of each step, reshuffled every epoch. Step 0 has none."""
     rng, order, size = random.Random(cfg.seed), [], cfg.problems_per_step
     while len(order) < cfg.steps * size:
         order += rng.sample(problems, len(problems))
-    return [order[i : i + size] for i in range(0, cfg.steps * size, size)]
+    return [[]] + [order[i : i + size] for i in range(0, cfg.steps * size, size)]
 
 
 def prepare(cfg, run):
     """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
-    model, tokenizer = load_model(cfg.model, cfg)
+    model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     messages = [solver_message(problem) for part in problems for problem in part]
     longest = max(map(len, encode_chats(tokenizer, messages))) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
-    identity = repr((fingerprint(model), problems))
+    identity = repr((model.fingerprint, problems))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
         raise UserError(f"cannot resume {cfg.out}: --model or --data has changed since it began")
     return problems, model, tokenizer
-
-
-def validate(model, tokenizer, problems, cfg):
-    """100 × mean reward, with the same random draws every time."""
-    torch.manual_seed(1)
-    rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
-    return 100 * mean(r.reward for r in rollouts)
 
 
 def log_rollouts(rollouts, step, run, tokenizer):
@@ -639,25 +537,25 @@ def train(cfg, run):
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
         write_logs(run, cfg)  # the files may be older or newer than the checkpoint
-    batches = draw_batches(train_set, cfg)
     bar = tqdm(total=cfg.steps, initial=max(first - 1, 0), desc=cfg.condition)
     try:
-        for step in range(first, cfg.steps + 1):
+        for step, problems in enumerate(draw_batches(train_set, cfg)[first:], first):
             row = {"step": step}
-            if step > 0:
+            if problems:
                 torch.manual_seed(1_000_003 * cfg.seed + step)  # so no RNG state is saved
-                problems = batches[step - 1]
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
                 log_rollouts(rollouts, step, run, tokenizer)
-                row |= metrics | rollout_metrics(rollouts)
+                row |= metrics
                 bar.set_postfix(loss=row["loss"], masked=row["masked"], best_avg=run["best_avg"])
                 bar.update()
             run["metrics"].append(row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
-                row["val_avg"] = validate(model, tokenizer, val_set, cfg)
+                torch.manual_seed(1)  # the same random draws every time
+                rollouts = sample_rollouts(model, tokenizer, val_set, cfg.val_samples, cfg)
+                row["val_avg"] = 100 * fmean(r.reward for r in rollouts)
                 if row["val_avg"] > run["best_avg"]:
                     run["best_avg"] = row["val_avg"]
-                    run["best_adapters"] = copy.deepcopy(adapters.state_dict())
+                    run["best_adapters"] = {k: v.clone() for k, v in adapters.state_dict().items()}
                 run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
                 with atomic_write(f"{cfg.out}/last.pt") as file:  # makes the folder, too
                     torch.save(run | {"settings": vars(cfg)}, file)
@@ -669,22 +567,57 @@ def train(cfg, run):
             save_merged(model, tokenizer, f"{cfg.out}/best")
 
 
-# ================================================================================ command line
 def parse_args(argv, defaults=None):
-    """The settings on the command line. Raises UserError on an invalid value."""
-    parser = HfArgumentParser([RunSettings, OwnModel, Method, Memory], allow_abbrev=False)
+    """The settings, one flag each. Raises UserError on an invalid value."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.description = __doc__.partition("The parts")[0]
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = argparse.SUPPRESS
+    add = parser.add_argument
+    add("--condition", choices=CONTEXTS, default="critique", help="sets the context [%(default)s]")
+    add("--seed", type=int, default=0, help="of adapters, problem order and sampling [%(default)s]")
+    add("--out", help="folder of the run [runs/CONDITION, or runs/CONDITION-SEED]")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add = parser.add_argument_group("your own model, data and critic").add_argument
+    add("--model", default=str(TOY), help="model to train: folder or hub id of a chat model [toy]")
+    add("--data", default=str(TOY), help="JSONL file, or folder of train, val and test.jsonl [toy]")
+    add("--critic", default=f"{TOY}/scribe.py", help="rule (.py), model, or server (http://) [toy]")
+    add("--critic-model", help="model name on the critic's server")
+    add("--critic-max-tokens", type=int, default=4096, help="longest critique [%(default)s]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    add("--dtype", help="of the frozen weights [bfloat16 on cuda, else float32]")
+    add = parser.add_argument_group("method").add_argument
+    add("--teacher-thinking", action="store_true", help="enable_thinking in the teacher's prompt")
+    add("--steps", type=int, default=70, help="training steps [%(default)s]")
+    add("--problems-per-step", type=int, default=32, help="problems in a step [%(default)s]")
+    add("--group-size", type=int, help="rollouts per problem [8 in grpo, else 1]")
+    add("--lr", type=float, help="learning rate [5e-4 in grpo, else 4e-3]")
+    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="D [%(default)s]")
+    add("--temperature", type=float, default=1.0, help="in sampling and scoring [%(default)s]")
+    add("--max-new-tokens", type=int, default=64, help="longest completion [%(default)s]")
+    add("--lora-rank", type=int, default=64, help="r, the adapters' rank [%(default)s]")
+    add("--lora-alpha", type=float, default=128.0, help="α: adapters times α/r [%(default)s]")
+    add("--max-grad-norm", type=float, default=1.0, help="clips the gradient's norm [%(default)s]")
+    add("--eval-every", type=int, default=10, help="steps between validations [%(default)s]")
+    add("--val-samples", type=int, default=8, help="samples per validation problem [%(default)s]")
+    add = parser.add_argument_group("memory (only gen-batch changes the random draws)").add_argument
+    add("--gen-batch", type=int, default=512, help="rollouts sampled at once [%(default)s]")
+    add("--micro-batch", type=int, default=64, help="rollouts scored at once [%(default)s]")
+    add("--chunk", type=int, default=256, help="tokens whose logits are held at once [%(default)s]")
+    add("--critic-batch", type=int, default=8, help="critiques written at once [%(default)s]")
     parser.set_defaults(**defaults or {})
-    args = vars(parser.parse_args(argv))
+    cfg = parser.parse_args(argv)
     if not "".join(argv).isprintable():
         raise UserError("an argument is not UTF-8 or holds a control character")
-    for name, value in args.items():
+    for name, value in vars(cfg).items():
         least = 0 if name == "seed" else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            raise UserError(f"--{name} is {value}: must be > 0 (seed >= 0) and below a million")
-    return Config(**args)
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value}: must be > 0 (seed >= 0) and below a million")
+    cfg.out = cfg.out or f"runs/{cfg.condition}" + (f"-{cfg.seed}" if cfg.seed else "")
+    cfg.dtype = cfg.dtype or ("bfloat16" if "cuda" in cfg.device else "float32")
+    cfg.group_size = cfg.group_size or (8 if cfg.condition == "grpo" else 1)
+    cfg.lr = cfg.lr or (5e-4 if cfg.condition == "grpo" else 4e-3)  # best on the toy's validation
+    return cfg
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def network(name, vocabulary=None):
 def bench_step():
     for name in SHAPES:
         model, tokenizer = network(name)
-        cfg = sd.Config(max_new_tokens=48, lr=1e-9)
+        cfg = sd.parse_args(["--max-new-tokens=48", "--lr=1e-9"])
         optimizer = torch.optim.AdamW(sd.add_adapters(model, 64, 128.0), lr=cfg.lr)
         problems = critic.load_problems(cfg.data)[0][: cfg.problems_per_step]
         walks = [critic.Critique(problem.solution) for problem in problems]
@@ -104,9 +104,9 @@ def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):
     rollout = sd.Rollout(None, [], [0] * positions, "", 0.0)
 
     def run(chunk):
-        sd.accumulate_gradients(model, [rollout], positions, sd.Config(chunk=chunk))
+        sd.accumulate_gradients(model, [rollout], positions, sd.parse_args([f"--chunk={chunk}"]))
 
-    functions = partial(run, sd.Config().chunk), partial(run, positions)
+    functions = partial(run, sd.parse_args([]).chunk), partial(run, positions)
     memory = peak(functions[0]) / peak(functions[1])
     seconds = clock(*functions, repeats=1)
     print(f"loss in chunks / in one piece: memory {memory:.2f}, time {seconds[0] / seconds[1]:.2f}")
@@ -138,7 +138,7 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
             rollout_func=lambda prompts, trainer: fixed,
         )
         model, tokenizer = network("25M", vocabulary)
-        cfg = sd.Config("grpo", micro_batch=count)
+        cfg = sd.parse_args(["--condition=grpo", f"--micro-batch={count}"])
         optimizer = torch.optim.AdamW(sd.add_adapters(model, 64, 128.0), lr=1e-9)
         sd.encode_chats = lambda tokenizer, messages: prompts
         sd.generate = lambda *_: completions

@@ -91,7 +91,7 @@ def small(tiny_folder, world):
 
 
 def flags(settings):
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def make_config(small):
 @pytest.fixture
 def tiny(make_config, tiny_folder):
     """(model, tokenizer), loaded anew for each test."""
-    return sd.load_model(tiny_folder, make_config())
+    return sd.load_model(tiny_folder, "cpu", "float32")
 
 
 @pytest.fixture

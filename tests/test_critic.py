@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import torch
-from conftest import byte_tokenizer, save_model
+from conftest import byte_tokenizer, flags, save_model
 
 import critic
 import sd
@@ -239,7 +239,8 @@ def server(reply):
 
 
 def ask_server(url, *messages, parallel=4):
-    cfg = sd.Config(critic=url, critic_model="judge", critic_max_tokens=100, critic_batch=parallel)
+    settings = {"critic": url, "critic_model": "judge", "critic_max_tokens": 100}
+    cfg = sd.parse_args(flags(settings | {"critic_batch": parallel}))
     return critic.server_critic(cfg)([ROLLOUT] * len(messages), messages)
 
 
@@ -345,7 +346,7 @@ def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_co
     for name in "solver", "other":
         cfg = make_config(critic=name, model="solver", critic_max_tokens=6)
         messages, expected = ["What?", "Which one of the two?", "Why?", "Who is it?", "When?"], []
-        plain, tokenizer = sd.load_model(name, cfg)
+        plain, tokenizer = sd.load_model(name, "cpu", "float32")
         for message in messages:
             [ids] = sd.encode_chats(tokenizer, [message])
             row = plain.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :].tolist()
@@ -353,7 +354,7 @@ def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_co
             usable = row[-1] in ends and len(ids + row) <= 48
             expected.append(Critique(text) if usable else Critique(None, "cut off"))
         assert expected[0].text and not expected[3].text  # which ended, but beyond the positions
-        model, tokenizer = sd.load_model("solver", cfg)
+        model, tokenizer = sd.load_model("solver", "cpu", "float32")
         ask = sd.open_critic(cfg, model, tokenizer)
         for adapter in sd.add_adapters(model, 4, 8.0):
             adapter.data.add_(0.5)

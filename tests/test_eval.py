@@ -73,7 +73,7 @@ def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypat
     monkeypatch.chdir(tmp_path)
     teacher, tokenizer = tiny
     cfg = make_config(temperature=0.7, micro_batch=2)
-    student, _ = sd.load_model(save_model(tmp_path, tokenizer, seed=1), cfg)
+    student, _ = sd.load_model(save_model(tmp_path, tokenizer, seed=1), "cpu", "float32")
     attempts = [attempt_of(text, tokenizer) for text in (WRONG, RIGHT, "<answer>")]
     attempts[1].critique = None
     readings = ev.read_contexts(attempts, student, teacher, tokenizer, cfg)
@@ -153,6 +153,8 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert sampled()[0] == 1 and sampled()[0] == 0
     model.lm_head.weight.data[70] += 0.5
+    sd.save_merged(model, tokenizer, "changed")
+    model, _ = sd.load_model("changed", "cpu", "float32")
     assert sampled()[0] == 1
 
 

@@ -40,28 +40,27 @@ def test_what_every_context_says(attempt, quote, omit):
     assert {name: sd.CONTEXTS[name](rollout) for name in said} == said
 
 
-def test_student_and_teacher_prompts_literally(make_config):
+def test_student_and_teacher_prompts_literally():
     tokenizer, rollout = byte_tokenizer(), sd.Rollout(PROBLEM, [], [], "", 0.0)
     [student] = sd.encode_chats(tokenizer, [sd.solver_message(PROBLEM)])
     head = f"<|im_start|>user\n{sd.SOLVE}\n\n3*7+8*4"
     tail = "<|im_end|>\n<|im_start|>assistant\n"
     still = "<think>\n\n</think>\n\n"  # in the student's prompt, and unless the teacher may think
     assert tokenizer.decode(student) == head + tail + still  # no <bos>: the template has none
-    cfg = make_config(condition="reference")
-    for cfg.teacher_thinking, end in (False, tail + still), (True, tail):
-        sd.give_context(rollout, tokenizer, cfg)
+    for thinking, end in (False, tail + still), (True, tail):
+        sd.give_context(rollout, "reference", tokenizer, thinking)
         told = f"{head}\n\n{sd.HELP}\n\n{PROBLEM.solution}"
         assert tokenizer.decode(rollout.teacher_prompt) == told + end
 
 
-def test_control_tokens_spelled_in_a_text_stay_text(make_config):
+def test_control_tokens_spelled_in_a_text_stay_text():
     """In a problem, an attempt or a critique: for the student, the teacher and the critic."""
     tokenizer, word = byte_tokenizer(), "<|im_start|>system<|im_end|>"
     rollout = sd.Rollout(Problem(f"p{word}", f"s{word}", "9"), [], [], f"{word}a", 0.0)
     ask = Mock(return_value=[Critique(word)])
     sd.ask_critic([rollout], ask, 1)
     [asked] = ask.call_args.args[1]
-    sd.give_context(rollout, tokenizer, make_config())
+    sd.give_context(rollout, "critique", tokenizer, False)
     messages = ["p", sd.solver_message(rollout.problem), asked]
     harmless, student, judge = sd.encode_chats(tokenizer, messages)
     for prompt, count in (student, 1), (rollout.teacher_prompt, 2), (judge, 3):
@@ -78,7 +77,7 @@ def sampled(tiny, problems, cfg):
     rollouts = sd.sample_rollouts(*tiny, problems, cfg.group_size, cfg)
     sd.ask_critic(rollouts, SCRIBE, cfg.group_size)
     for rollout in rollouts:
-        sd.give_context(rollout, tiny[1], cfg)
+        sd.give_context(rollout, cfg.condition, tiny[1], False)
     return rollouts
 
 
@@ -102,13 +101,11 @@ def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, mak
         assert r.context == (before.context if fits else None)
 
 
-def test_a_context_that_raises_is_named_with_its_line(make_config, monkeypatch):
+def test_a_context_that_raises_is_named_with_its_line(monkeypatch):
     for broken in (lambda r: r.no_such_thing), (lambda: "no argument"), (lambda r: 42):
         monkeypatch.setitem(sd.CONTEXTS, "empty", broken)
         with pytest.raises((AttributeError, TypeError)) as raised:
-            sd.give_context(
-                sd.Rollout(PROBLEM, [], [], "", 0.0), None, make_config(condition="empty")
-            )
+            sd.give_context(sd.Rollout(PROBLEM, [], [], "", 0.0), "empty", None, False)
         assert str(broken.__code__) in raised.value.__notes__[0]
 
 
@@ -125,14 +122,14 @@ def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------------ sampling, scoring
-def test_sampling_follows_the_distribution_that_is_scored(tmp_path, tiny, make_config):
+def test_sampling_follows_the_distribution_that_is_scored(tmp_path, tiny):
     """20,000 tokens at temperature 1.3, whatever the model's own generation config says."""
     model, tokenizer = tiny
     own = {"do_sample": True, "top_k": 2, "top_p": 0.5, "repetition_penalty": 9.0, "min_p": 0.5}
     model.generation_config = GenerationConfig(**own, temperature=0.1, eos_token_id=[1, 5])
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, tokenizer = sd.load_model(str(tmp_path), make_config())
+    model, tokenizer = sd.load_model(str(tmp_path), "cpu", "float32")
     prompt = [9, 8, 7, 8]
     torch.manual_seed(0)
     drawn = sd.generate(model, tokenizer, [prompt] * 20_000, 20_000, 1, 1.3)
@@ -165,7 +162,7 @@ def step(tiny_folder, make_config, problems, monkeypatch):
             return COMPLETIONS * (len(prompts) // 4)
 
         monkeypatch.setattr(sd, "generate", generate)
-        model, tokenizer = sd.load_model(tiny_folder, cfg)
+        model, tokenizer = sd.load_model(tiny_folder, cfg.device, cfg.dtype)
         torch.manual_seed(0)
         adapters = sd.add_adapters(model, 4, 8.0)
         for adapter in adapters:
@@ -175,7 +172,7 @@ def step(tiny_folder, make_config, problems, monkeypatch):
         rollouts, metrics = sd.train_step(model, tokenizer, optimizer, problems[:4], ask, cfg)
         assert [r.completion for r in rollouts[-4:]] == COMPLETIONS
         moved = [(b - p).detach().flatten() for b, p in zip(before[1], adapters, strict=True)]
-        return torch.cat(moved), rollouts, metrics | sd.rollout_metrics(rollouts), before
+        return torch.cat(moved), rollouts, metrics, before
 
     return take
 

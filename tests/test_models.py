@@ -17,10 +17,10 @@ from critic import UserError
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Qwen3", "Llama", "Gemma"])
-def test_scores_and_the_merged_model_agree_with_plain_transformers(family, tmp_path, make_config):
+def test_scores_and_the_merged_model_agree_with_plain_transformers(family, tmp_path):
     kind = [getattr(transformers, family + part) for part in ("ForCausalLM", "Config")]
     folder = save_model(tmp_path / "model", byte_tokenizer(), kind)
-    model, tokenizer = sd.load_model(folder, make_config())
+    model, tokenizer = sd.load_model(folder, "cpu", "float32")
     for adapter in sd.add_adapters(model, 2, 6.0):
         torch.nn.init.normal_(adapter, std=0.1)
     up = model.base_model.layers[0].mlp.up_proj
@@ -42,18 +42,18 @@ def test_scores_and_the_merged_model_agree_with_plain_transformers(family, tmp_p
 
 
 @pytest.mark.parametrize("pad", [None, "<|im_end|>", "<pad>"])
-def test_a_completion_ends_with_its_first_end_token_with_any_padding(pad, tmp_path, make_config):
+def test_a_completion_ends_with_its_first_end_token_with_any_padding(pad, tmp_path):
     ends = [1, *range(60, 70)]  # those of the model's config, not the tokenizer's one
     folder = save_model(tmp_path / "model", byte_tokenizer(pad), ends=ends)
     torch.manual_seed(0)
     prompts = [[5] * n for n in (2, 9, 4)] * 100
-    completions = sd.generate(*sd.load_model(folder, make_config()), prompts, 300, 60, 1.0)
+    completions = sd.generate(*sd.load_model(folder, "cpu", "float32"), prompts, 300, 60, 1.0)
     assert {c[-1] for c in completions if len(c) < 60} == set(ends)
     assert all(token not in ends for c in completions for token in c[:-1])
 
 
 def test_a_prompt_needs_room_for_the_completion(run, tmp_path, tiny, world, monkeypatch):
-    monkeypatch.setattr(sd, "fingerprint", Mock(side_effect=UserError("it fits")))
+    monkeypatch.setattr(sd, "open_critic", Mock(side_effect=UserError("it fits")))
     messages = [sd.solver_message(p) for part in critic.load_problems(world) for p in part]
     room = 256 - max(len(prompt) for prompt in sd.encode_chats(tiny[1], messages))
     assert "it fits" in run(tmp_path / "run", max_new_tokens=room)[1]
@@ -79,7 +79,7 @@ FLAWS = [  # what is done to the folder, what is said
     (lambda f: save_model(f, byte_tokenizer(), ends=[1, 300]), "no end token"),
     (lambda f: save_model(f, byte_tokenizer(), MAMBA), "is recurrent"),
     (lambda f: save_model(f, byte_tokenizer(), GPT2), "no linear layers"),
-    (lambda f: edit_config(f, final_logit_softcapping=30.0), "caps or scales its logits"),
+    (lambda f: edit_config(f, final_logit_softcapping=30.0), "caps or scales logits"),
     (lambda f: (f / "chat_template.jinja").unlink(), "chat_template is not set"),
     (lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
     (lambda f: (f / "model.safetensors").write_text("{}"), "cannot load"),
@@ -87,15 +87,15 @@ FLAWS = [  # what is done to the folder, what is said
 
 
 @pytest.mark.parametrize("spoil, said", FLAWS)
-def test_a_model_that_is_damaged_or_unsupported_is_refused(spoil, said, tmp_path, make_config):
+def test_a_model_that_is_damaged_or_unsupported_is_refused(spoil, said, tmp_path):
     save_model(tmp_path, byte_tokenizer())
     spoil(tmp_path)
     with pytest.raises(UserError, match=said) as error:
-        sd.load_model(str(tmp_path), make_config())
+        sd.load_model(str(tmp_path), "cpu", "float32")
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_models_own_code_is_never_run(tmp_path, make_config, monkeypatch):
+def test_a_models_own_code_is_never_run(tmp_path, monkeypatch):
     """Left to itself, transformers asks, and a `y` on stdin runs it."""
     save_model(tmp_path, byte_tokenizer())
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
@@ -103,5 +103,5 @@ def test_a_models_own_code_is_never_run(tmp_path, make_config, monkeypatch):
     edit_config(tmp_path, model_type="own", auto_map=own)
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     with pytest.raises(UserError, match="cannot load"):
-        sd.load_model(str(tmp_path), make_config())
+        sd.load_model(str(tmp_path), "cpu", "float32")
     assert not (tmp_path / "ran").exists()

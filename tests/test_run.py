@@ -65,7 +65,7 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, monkeyp
     assert [s["step"] for s in samples] == [n for n in (1, 2, 3, 4) for _ in range(3)]
     assert all(len(s["tokens"]) == len(s["completion"]) == len(s["advantages"]) for s in samples)
     config = json.loads((out / "config.json").read_text())
-    assert config["condition"] == condition and config["lr"] == sd.Config(condition).lr
+    assert (config["condition"], config["lr"]) == (condition, 5e-4 if condition == "grpo" else 4e-3)
     AutoModelForCausalLM.from_pretrained(out / "best")
     assert not list(out.rglob("*.new")) and run.test.main.call_args.args[0][0] == str(out)
 

@@ -159,7 +159,7 @@ def main() -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} exists and is not an empty folder")
     with sd.command_line("prepare.py"):
-        model, tokenizer = sd.load_model(args.model, sd.Config(dtype="float32"))
+        model, tokenizer = sd.load_model(args.model, sd.parse_args([]).device, "float32")
         fine_tune(model, tokenizer, args)
         model.to(torch.bfloat16).save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
