@@ -109,6 +109,7 @@ class Rollout:
     advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
 
 
+# correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
 def omit(r):
     """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
@@ -126,11 +127,10 @@ CONTEXTS = {
     "critique": lambda r: r.critique,
     # Where does the critique's effect come from? Ablations, and controls.
     "answer": lambda r: f"<answer>{r.problem.answer}</answer>",
-    # correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the teacher has the student's prompt: loss 0, no update
+    "empty": lambda r: "",  # the teacher has the student's prompt (if not thinking): loss 0
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -222,7 +222,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
 def ask_critic(rollouts, ask, group_size):
     """Gives each rollout a critique (or the reason it has none) and another problem's critique."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
-    # a rule-based critic reads the rollouts, a language model the messages
+    # ask() returns a critic.Critique for each: a rule reads the rollouts, a model the messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.critic_failure = critique.text, critique.failure
     shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
@@ -241,10 +241,10 @@ def give_context(rollout, condition, tokenizer, thinking):
             return
         message = solver_message(rollout.problem, context)
     except Exception as error:
-        error.add_note(f"in the context {condition}: {CONTEXTS[condition].__code__}")
+        error.add_note(f"in the context {condition}: {CONTEXTS[condition].__code__}")  # file, line
         raise
     prompt = encode_chats(tokenizer, [message], thinking)[0]
-    if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:
+    if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:  # see load_model
         rollout.context, rollout.teacher_prompt = context, prompt
 
 
@@ -420,7 +420,7 @@ def load_model(name, device, dtype):
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", 10**9)
     # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
-    model.fingerprint = [torch.hash_tensor(p).item() for p in model.parameters()]
+    model.fingerprint = [torch.hash_tensor(p).item() for p in model.parameters()]  # identity
     return model, tokenizer
 
 
@@ -462,13 +462,13 @@ def open_run(argv):
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
-        saved = {k: value for k, value in run["settings"].items() if k not in OVERRIDES}
+        saved = run["settings"]
     except Exception as error:  # torch raises many exception types
         raise UserError(f"cannot resume {folder}: {error}") from None
     cfg = parse_args(argv, saved)  # a changed setting in argv is refused below
     for name, value in saved.items():
         flag, now = name.replace("_", "-"), getattr(cfg, name)
-        if now != value:
+        if now != value and name not in OVERRIDES:
             raise UserError(f"{folder} was started with --{flag} {value}, now {now}")
     cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
@@ -528,7 +528,7 @@ def log_rollouts(rollouts, step, run, tokenizer):
 def train(cfg, run):
     """Trains, resuming from the run's last checkpoint if any, and saves the best model."""
     (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
-    ask = open_critic(cfg, model, tokenizer)
+    ask = None if cfg.condition in NO_CRITIC else open_critic(cfg, model, tokenizer)
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
@@ -590,8 +590,8 @@ def parse_args(argv, defaults=None):
     add("--steps", type=int, default=70, help="training steps [%(default)s]")
     add("--problems-per-step", type=int, default=32, help="problems in a step [%(default)s]")
     add("--group-size", type=int, help="rollouts per problem [8 in grpo, else 1]")
-    add("--lr", type=float, help="learning rate [5e-4 in grpo, else 4e-3]")
-    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="D [%(default)s]")
+    add("--lr", type=float, help="learning rate [5e-4 in grpo, else 4e-3: for the toy]")
+    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="of the loss [%(default)s]")
     add("--temperature", type=float, default=1.0, help="in sampling and scoring [%(default)s]")
     add("--max-new-tokens", type=int, default=64, help="longest completion [%(default)s]")
     add("--lora-rank", type=int, default=64, help="r, the adapters' rank [%(default)s]")
@@ -630,7 +630,7 @@ def command_line(program):
         yield
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
         text = " ".join(paint(str(error)).split()) or "interrupted"
-        if isinstance(error, RuntimeError) and "allocate" not in text:
+        if isinstance(error, RuntimeError) and not ("allocate" in text or "out of memory" in text):
             raise  # a bug, unlike out of memory, which is a RuntimeError too
         print(f"\n{program}: {text}", file=sys.stderr)
         sys.exit(2)
