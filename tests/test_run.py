@@ -113,7 +113,7 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     run, world, tmp_path, scores, monkeypatch
 ):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = {"condition": "reference", "lr": 0.05}
+    settings = {"condition": "reference", "lr": 0.05, "micro_batch": 2}
     scores[:] = [0, 5, 3]
     run(whole, **settings)
     # Ctrl-C after the checkpoint of step 2, and after step 3 was logged.
