@@ -83,7 +83,7 @@ def load_problems(path):
         val = test + min(len(problems) // 10, 50)
         sets = [problems[val:], problems[test:val], problems[:test]]
     if not all(sets):
-        raise UserError(f"{path}: too few problems for train, val and test; one file needs 10")
+        raise UserError(f"{path}: too few problems for train, val and test; a single file needs 10")
     text, count = Counter(p.problem for problems in sets for p in problems).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: duplicate problem, {count} times: {text[:60]!r}")
@@ -306,7 +306,7 @@ def cached(complete, identity):
         failures = {}
         for message, (text, failure) in zip(new, answers, strict=True):
             if failure or not text:
-                failures[message] = Critique(None, failure or "empty answer")
+                failures[message] = Critique(None, failure or "empty reply")
                 continue
             with atomic_write(cache_path(message)) as file:
                 file.write(text.encode("utf-8", "replace"))

@@ -352,8 +352,8 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>Curves: mean and range of seeds. A_t tables cover attempts with a teacher; tokens: share of all
-tokens; pushed down: tokens of right attempts, A_t &lt; −0.5.</p><h2>Advantages under each
+<p>Curves: mean and range of seeds. A_t tables cover attempts with a teacher; row tokens: share of
+all tokens; pushed down: right attempts' tokens, A_t &lt; −0.5.</p><h2>Advantages under each
 context</h2><p>reference: a solution; critique: the attempt, corrected; quote: the attempt, then the
 correction; omit: verdicts, then the correction; shuffled: another problem's critique; answer: the
 right answer; empty: nothing.</p><p>Each attempt stands under its problem (right answer), beside
@@ -400,7 +400,7 @@ def score_contexts(subject, problems, unfolded, k, cfg):
     numbers = analyse(readings, a + b, k)
     ones = [replace(attempt, advantages=[1.0] * len(attempt.kinds)) for attempt in attempts]
     shares = analyse({"tokens": ones}, b, k) | numbers  # shares of all tokens, then of |A_t|
-    text = table(f"wrong attempts of {subject.model}: A_t, nats; teacher accuracy, %", a, numbers)
+    text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
     columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
     examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]

@@ -97,7 +97,7 @@ def encode_chats(tokenizer, messages, thinking=False):
 class Rollout:
     problem: critic.Problem  # .problem, .solution (the reference) and .answer, all strings
     prompt: list[int]  # P token ids
-    completion: list[int]  # T token ids as sampled, with the end token; never re-tokenised
+    completion: list[int]  # T token ids as sampled, with any end token; never re-tokenised
     text: str  # the completion, decoded; special tokens left out
     reward: float  # 1 right, 0 wrong
     group_advantage: float = 0.0  # A_i, used by grpo alone
@@ -130,7 +130,7 @@ CONTEXTS = {
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the teacher has the student's prompt (if not thinking): loss 0
+    "empty": lambda r: "",  # the student's prompt: loss 0, no update (without --teacher-thinking)
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -188,7 +188,7 @@ def group_advantages(rewards):
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
     """One completion of each prompt, up to and including the first end token: B lists of T ids."""
     end_ids = model.generation_config.eos_token_id  # a list: see load_model
-    # Samples what is scored later: no top-k; load_model resets the rest. Temperature 0 is greedy.
+    # Sample from the distribution scored later: no top-k; load_model resets the rest. 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     completions = []
     for start in range(0, len(prompts), batch_size):
@@ -261,7 +261,7 @@ def hidden_states(model, prompts, completions):
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature, fp32: [n, H] -> [n, V]. This layer is not adapted."""
+    """log π at the sampling temperature, fp32: [n, H] -> [n, V]. No adapter on the output layer."""
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
@@ -348,7 +348,6 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     for start in range(0, len(trained), cfg.micro_batch):
         batch = trained[start : start + cfg.micro_batch]
         loss += accumulate_gradients(model, batch, step_tokens, cfg)
-
     grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
     if not math.isfinite(loss + grad_norm):
         raise UserError(f"loss {loss}, gradient norm {grad_norm:g}: stopped; try a lower --lr")
@@ -380,9 +379,10 @@ def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     if not rollout.teacher_prompt:  # no teacher, so no A_t
-        return tqdm.write(paint(f"attempt, no teacher {rollout.critic_failure}: {rollout.text}"))
+        reason = f" ({rollout.critic_failure})" if rollout.critic_failure else ""
+        return tqdm.write(paint(f"attempt, no teacher{reason}: {rollout.text}"))
     tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
-    tqdm.write(f"if |A_t| >= 1, in nats: {paint('change it', -1)}, {paint('keep it', 1)}")
+    tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
     if words:
@@ -591,11 +591,11 @@ def parse_args(argv, defaults=None):
     add("--problems-per-step", type=int, default=32, help="problems in a step [%(default)s]")
     add("--group-size", type=int, help="rollouts per problem [8 in grpo, else 1]")
     add("--lr", type=float, help="learning rate [5e-4 in grpo, else 4e-3: for the toy]")
-    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="of the loss [%(default)s]")
+    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="the loss [%(default)s]")
     add("--temperature", type=float, default=1.0, help="in sampling and scoring [%(default)s]")
     add("--max-new-tokens", type=int, default=64, help="longest completion [%(default)s]")
     add("--lora-rank", type=int, default=64, help="r, the adapters' rank [%(default)s]")
-    add("--lora-alpha", type=float, default=128.0, help="α: adapters times α/r [%(default)s]")
+    add("--lora-alpha", type=float, default=128.0, help="α: scales adapters by α/r [%(default)s]")
     add("--max-grad-norm", type=float, default=1.0, help="clips the gradient's norm [%(default)s]")
     add("--eval-every", type=int, default=10, help="steps between validations [%(default)s]")
     add("--val-samples", type=int, default=8, help="samples per validation problem [%(default)s]")

@@ -279,7 +279,7 @@ def test_requests_are_parallel_and_greedy_and_carry_only_the_critics_key(key, pa
 BAD_REPLIES = {  # what a server does -> its reply, what is said of it, pauses between tries
     "html": ((200, b"<html>Welcome</html>"), "", []),
     "another shape": ((200, b'{"choices": []}'), "", []),
-    "null content": (chat(None), "empty answer", []),
+    "null content": (chat(None), "empty reply", []),
     "cut off": (chat(WALK, "length"), "cut off", []),
     "wrong path": ((404, b"no such page"), "HTTP 404", []),
     "moved": ((307, b"", "/v1/chat/completions"), "", []),

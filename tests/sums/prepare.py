@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prepares a chat model and a data set of sums.")
     parser.add_argument("--model", required=True, help="folder or hub id of a chat model")
     parser.add_argument("--out", type=Path, required=True, help="folder; must be new or empty")
-    parser.add_argument("--wrong-share", type=float, default=0.6, help="responses with errors")
+    parser.add_argument("--wrong-share", type=float, default=0.6, help="share with errors, 0 to 1")
     parser.add_argument("--terms", type=int, default=4, help="numbers in a sum")
     parser.add_argument("--digits", type=int, default=2, help="digits of each number")
     parser.add_argument("--steps", type=int, default=STEPS, help="fine-tuning steps")

@@ -20,7 +20,7 @@ PLACES = (
 
 
 @pytest.mark.parametrize(
-    "attempt, critique, wrong",  # wrong: what judge says of each step and answer
+    "attempt, critique, wrong",  # wrong: the text that judge marks in each step and answer
     [
         (RIGHT, RIGHT, ["", "", ""]),  # A
         (PLACES, PLACES, ["", "", "", ""]),

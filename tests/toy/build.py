@@ -110,7 +110,7 @@ def draw_problems() -> list[dict]:
 
 # ================================================================================ pretraining
 # Sampling weights. reference, own: a solution in the reference's or the response's way; begun,
-# some: its first or random steps; omit, quote: as in sd.py, one error; answer: its answer.
+# some: its first or random steps; omit, quote: as in sd.py, 0 or 1 errors; answer: its answer.
 CONTEXTS = {"reference": 9, "own": 4, "begun": 1, "some": 1, "omit": 2, "quote": 2, "answer": 1}
 
 
