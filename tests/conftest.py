@@ -91,7 +91,7 @@ def small(tiny_folder, world):
 
 
 def flags(settings):
-    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return [f"--{n.replace('_', '-')}={v}".removesuffix("=True") for n, v in settings.items()]
 
 
 @pytest.fixture

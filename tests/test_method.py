@@ -245,10 +245,11 @@ def test_grpos_gradient_against_plain_autograd_clipped_to_its_norm(step):
 
 
 @pytest.mark.parametrize("condition", sd.CONTEXTS)
-def test_the_critic_is_asked_only_where_the_context_needs_it(condition, step):
-    ask = Mock(side_effect=SCRIBE)
-    step(ask, condition=condition)
-    assert ask.called == (condition not in sd.NO_CRITIC)
+def test_the_critic_is_asked_only_where_the_context_needs_it(condition, step, monkeypatch):
+    ask, give = Mock(side_effect=SCRIBE), Mock(wraps=sd.give_context)
+    monkeypatch.setattr(sd, "give_context", give)
+    step(ask, condition=condition, teacher_thinking=True)
+    assert ask.called == (condition not in sd.NO_CRITIC) and give.call_args.args[3]
 
 
 @pytest.mark.parametrize("condition", ["critique", "shuffled", "grpo"])
