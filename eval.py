@@ -46,7 +46,7 @@ SETTINGS += ["critic", "seed"]
 class Subject:
     model: str  # folder or hub id of the weights; a run's best checkpoint
     base: str  # the teacher: the model a run started from, or the plain model itself
-    cfg: argparse.Namespace = None  # runs only: the settings
+    cfg: object = None  # runs only: the settings
     curve: dict = None  # runs only: {step: validation Avg}
 
     def load(self, cfg):
@@ -75,11 +75,11 @@ def rows_of(subjects):
     """{label: subjects}: bases and plain models, then runs; seeds of one recipe share a row."""
     bases = dict.fromkeys(s.base for s in subjects)
     rows = {base if len(bases) > 1 else "base": [Subject(base, base)] for base in bases}
-    labels = {}
+    labels = {}  # {recipe: folder of its first run}
     for run in [s for s in subjects if s.cfg]:
         recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.OVERRIDES, "seed"]))
-        label = run.model if run.cfg.condition in rows else run.cfg.condition
-        rows.setdefault(labels.setdefault(recipe, label), []).append(run)
+        label = labels.setdefault(recipe, run.model.removesuffix("/best"))
+        rows.setdefault(label, []).append(run)
     return rows
 
 
@@ -411,7 +411,7 @@ def report(args):
     subjects = [open_subject(name) for name in dict.fromkeys(args.subjects)]
     scored = open_subject(args.advantages or subjects[0].base)
     first = next((vars(s.cfg) for s in [*subjects, scored] if s.cfg), {})
-    given = {name: vars(args)[name] for name in SETTINGS if vars(args)[name]}
+    given = {n: value for n, value in vars(args).items() if value and n in SETTINGS}
     cfg = sd.parse_args([], first | {"seed": 2} | given)
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
     if not problems:
@@ -433,7 +433,7 @@ def report(args):
         write(args.out, "".join(f"{json.dumps(row)}\n" for row in kept))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
     if args.advantages or args.html:
-        unfolded = rows if len(rows) > 1 else sd.CONTEXTS
+        unfolded = [s.cfg.condition for s in subjects if s.cfg] or sd.CONTEXTS
         numbers["contexts"], text, examples = score_contexts(scored, problems, unfolded, k, cfg)
         print(text)
         tables += text

@@ -241,7 +241,7 @@ def give_context(rollout, condition, tokenizer, thinking):
             return
         message = solver_message(rollout.problem, context)
     except Exception as error:
-        error.add_note(f"in the context {condition}: {CONTEXTS[condition].__code__}")  # file, line
+        error.add_note(f"context {condition}: {getattr(CONTEXTS[condition], '__code__', '')}")
         raise
     prompt = encode_chats(tokenizer, [message], thinking)[0]
     if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:  # see load_model
@@ -379,8 +379,8 @@ def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
     if not rollout.teacher_prompt:  # no teacher, so no A_t
-        reason = f" ({rollout.critic_failure})" if rollout.critic_failure else ""
-        return tqdm.write(paint(f"attempt, no teacher{reason}: {rollout.text}"))
+        reason = rollout.critic_failure or "the context is None or too long"
+        return tqdm.write(paint(f"attempt, no teacher ({reason}): {rollout.text}"))
     tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
@@ -576,7 +576,7 @@ def parse_args(argv, defaults=None):
     add("--condition", choices=CONTEXTS, default="critique", help="sets the context [%(default)s]")
     add("--seed", type=int, default=0, help="of adapters, problem order and sampling [%(default)s]")
     add("--out", help="folder of the run [runs/CONDITION, or runs/CONDITION-SEED]")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add("--resume", action="store_true", help="go on from the last validation of the run in --out")
     add = parser.add_argument_group("your own model, data and critic").add_argument
     add("--model", default=str(TOY), help="model to train: folder or hub id of a chat model [toy]")
     add("--data", default=str(TOY), help="JSONL file, or folder of train, val and test.jsonl [toy]")
@@ -584,7 +584,7 @@ def parse_args(argv, defaults=None):
     add("--critic-model", help="model name on the critic's server")
     add("--critic-max-tokens", type=int, default=4096, help="longest critique [%(default)s]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--dtype", help="of the frozen weights [bfloat16 on cuda, else float32]")
+    add("--dtype", choices=["float32", "bfloat16"], help="frozen weights [bfloat16 on cuda]")
     add = parser.add_argument_group("method").add_argument
     add("--teacher-thinking", action="store_true", help="enable_thinking in the teacher's prompt")
     add("--steps", type=int, default=70, help="training steps [%(default)s]")
@@ -599,7 +599,7 @@ def parse_args(argv, defaults=None):
     add("--max-grad-norm", type=float, default=1.0, help="clips the gradient's norm [%(default)s]")
     add("--eval-every", type=int, default=10, help="steps between validations [%(default)s]")
     add("--val-samples", type=int, default=8, help="samples per validation problem [%(default)s]")
-    add = parser.add_argument_group("memory (only gen-batch changes the random draws)").add_argument
+    add = parser.add_argument_group("memory (only gen-batch changes the samples)").add_argument
     add("--gen-batch", type=int, default=512, help="rollouts sampled at once [%(default)s]")
     add("--micro-batch", type=int, default=64, help="rollouts scored at once [%(default)s]")
     add("--chunk", type=int, default=256, help="tokens whose logits are held at once [%(default)s]")

@@ -59,12 +59,12 @@ def test_rows_of_the_table(make_config):
     runs = [ev.Subject("xyw"[i], "root", cfg=cfgs[i], curve=curves[i]) for i in range(3)]
     rows = ev.rows_of([*runs, ev.Subject("root", "root")])
     names = {label: [s.model for s in row] for label, row in rows.items()}
-    assert names == {"base": ["root"], "critique": ["x", "y"], "w": ["w"]}
+    assert names == {"base": ["root"], "x": ["x", "y"], "w": ["w"]}
     swing = torch.tensor([0.0, 100.0] * 10)[None, :, None]  # [S, P, 1]
-    scores = {"base": swing, "critique": torch.cat([swing + 1, swing + 5]), "w": swing}
+    scores = {"base": swing, "x": torch.cat([swing + 1, swing + 5]), "w": swing}
     shown = {row: columns["Avg"] for row, columns in ev.score_rows(rows, scores, ["Avg"]).items()}
-    assert shown["critique"][0] == 53 and shown["critique, 2 seeds"] == "51.00 to 55.00"
-    assert shown["critique − base"] == pytest.approx([3, 3, 3]) and shown["w"] == "base"
+    assert shown["x"][0] == 53 and shown["x, 2 seeds"] == "51.00 to 55.00"
+    assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == "base"
     band, mean = "0,98.0 5,98.0 5,98.0 0,99.0", "0,98.5 5,98.0"  # y grows downwards
     assert f'"{band}"' in ev.learning_curves(rows) and f'"{mean}"' in ev.learning_curves(rows)
 
@@ -215,8 +215,8 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
     ev.main(["runs/c", "runs/c-1", "runs/c", *argv, "runs/g", "--advantages", "runs/c"])
     numbers, page = json.loads(Path("n.json").read_text()), Path("p.html").read_text("utf-8")
     scores = {label: row["Avg@2"] for label, row in numbers["scores"].items()}
-    assert list(scores)[:4] == ["base", "critique", "critique, 2 seeds", "grpo"]
-    assert scores["base"][0] == 0 and scores["critique"][0] == 50 and scores["grpo"] == "base"
+    assert list(scores)[:4] == ["base", "runs/c", "runs/c, 2 seeds", "runs/g"]
+    assert scores["base"][0] == 0 and scores["runs/c"][0] == 50 and scores["runs/g"] == "base"
     assert asked == [4]  # one call, for all attempts and contexts
     contexts = numbers["contexts"]
     assert {"mine", "reference", "shuffled"} < set(contexts) and "omit" not in contexts
