@@ -41,4 +41,4 @@ def test_critique_training_reaches_85(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sd.main(["--device", "cpu"])
     result = json.loads(Path("runs/critique/result.json").read_text())
-    assert result["scores"]["critique"]["Avg@12"][0] >= 85
+    assert result["scores"]["runs/critique"]["Avg@12"][0] >= 85
