@@ -343,7 +343,7 @@ details div{display:grid;grid-template-columns:3fr 2fr;gap:.3rem 1.5rem;margin:0
 details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere} text{fill:currentColor}
 i{background:linear-gradient(90deg,var(--False),transparent,var(--True))} summary{font-weight:bold}
 [style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
-@media(max-width:48rem){details div{grid-template-columns:1fr}}"""
+@media(max-width:48rem){details div{grid-template-columns:1fr} pre{font-size:.6rem}}"""
 
 
 def page(tables, curves, examples):
