@@ -196,7 +196,7 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
         for copy in copies:
             sd.give_context(copy, name, tokenizer, cfg.teacher_thinking)
         with_teacher = [copy for copy in copies if copy.teacher_prompt]
-        if not with_teacher:
+        if name == "grpo" or not with_teacher:
             continue
         readings[name] = copies
         own = token_log_probs(student, with_teacher, cfg)

@@ -21,8 +21,8 @@ The parts of a training step, and their functions:
     4. teacher      log π_0(· | x, c, y_<t): adapters off, no gradient   the same two
     5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)     token_advantages
                     how much more the teacher favours token t; logged, not in the loss
-    6. loss         KL(teacher_t ‖ student_t) at every token                                   kl
-       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r         group_advantages
+    6. loss         KL(teacher_t ‖ student_t) at every token              distillation_losses, kl
+       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r              grpo_losses
                     averaged over all tokens that the step trains on         accumulate_gradients
     7. update       one AdamW step on the LoRA adapters                                train_step
 
@@ -105,28 +105,26 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
-    teacher_prompt: list[int] | None = None  # None: no teacher (as in grpo) or no usable context
+    teacher_prompt: list[int] | None = None  # None: no usable context, so not trained on
     advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
 
 
-# correction(): "Step 2 is wrong. Correct: <step_2>...</step_2>" or "Every step is correct."
 def omit(r):
     """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
     right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
-    return " ".join([*verdicts, correction(r.text, r.critique)])
+    return " ".join([*verdicts, correction(r.text, r.critique)])  # or "Every step is correct."
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
 # If it needs no critique, add it to NO_CRITIC. tests/toy/README.md has the words the toy knows.
 CONTEXTS = {
-    "grpo": lambda r: None,
+    "grpo": lambda r: "",  # the student's prompt; grpo's loss has no teacher
     "reference": lambda r: r.problem.solution,
     "critique": lambda r: r.critique,
-    # Where does the critique's effect come from? Ablations, and controls.
-    "answer": lambda r: f"<answer>{r.problem.answer}</answer>",
+    "answer": lambda r: f"<answer>{r.problem.answer}</answer>",  # from here: ablations, controls
     "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
     "omit": omit,
     "shuffled": lambda r: r.other_critique,
@@ -255,8 +253,7 @@ def hidden_states(model, prompts, completions):
     # right-padded; causal attention never sees the padding, so no mask is needed
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
     states = model.base_model(ids, use_cache=False).last_hidden_state  # [B, L, H]
-    spans = zip(states, prompts, completions, strict=True)
-    # position t − 1 predicts token t
+    spans = zip(states, prompts, completions, strict=True)  # position t − 1 predicts token t
     return torch.cat([row[len(p) - 1 : len(p) + len(c) - 1] for row, p, c in spans])  # [N, H]
 
 
@@ -265,7 +262,7 @@ def log_probs(model, states, temperature):
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
-# ================================================================================ 5. advantages
+# ================================================================================ 5, 6. losses
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
 
@@ -275,7 +272,6 @@ def token_advantages(student, teacher, tokens):
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
 
-# ================================================================================ 6. losses
 def kl(log_p, log_q):
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): log-probs [n, V], [n, V] -> [n], in nats."""
     p, q = log_p.exp(), log_q.exp()
@@ -295,40 +291,47 @@ def jsd(student, teacher):
 DIVERGENCES = {"forward_kl": lambda s, t: kl(t, s), "reverse_kl": kl, "jsd": jsd}
 
 
+def grpo_losses(model, student, advantages, tokens, cfg):
+    """−A_i log π_θ(y_t), and A_i: [n], [n]. One update per batch: ratios are 1, nothing to clip."""
+    return -advantages * student.gather(-1, tokens[:, None])[:, 0], advantages
+
+
+def distillation_losses(model, student, teacher_states, tokens, cfg):
+    """D(student, teacher), and A_t, at n tokens: [n], [n]."""
+    teacher = log_probs(model, teacher_states, cfg.temperature)  # [n, V]
+    losses = DIVERGENCES[cfg.divergence](student, teacher)
+    return losses, token_advantages(student, teacher, tokens)
+
+
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
     """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
-    # A_i at every token, for grpo's loss. Other conditions overwrite it below with A_t, to log it.
-    advantages = [r.group_advantage for r in rollouts for _ in r.completion]
-    advantages = torch.tensor(advantages, device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
-    if cfg.condition != "grpo":
+    if cfg.condition == "grpo":
+        token_losses = grpo_losses
+        targets = [r.group_advantage for r in rollouts for _ in r.completion]
+        targets = torch.tensor(targets, device=model.device)  # [N]
+    else:
+        token_losses = distillation_losses
         with torch.no_grad(), adapters_off():
-            teacher_states = hidden_states(model, [r.teacher_prompt for r in rollouts], completions)
+            targets = hidden_states(model, [r.teacher_prompt for r in rollouts], completions)
 
     # Logits of all N tokens may not fit in memory. So backward has two stages: from each chunk's
     # loss to its hidden states, then once from all hidden states into the network.
-    loss, gradients = 0.0, []
+    states = student_states.detach().requires_grad_()  # [N, H]
+    loss, advantages = 0.0, []
     for start in range(0, len(tokens), cfg.chunk):
         chunk = slice(start, start + cfg.chunk)
-        states = student_states[chunk].detach().requires_grad_()  # [n, H]
-        student = log_probs(model, states, cfg.temperature)  # [n, V]
-        if cfg.condition == "grpo":
-            # one update per batch of rollouts: the importance ratio is 1, with nothing to clip
-            losses = -advantages[chunk] * student.gather(-1, tokens[chunk, None])[:, 0]  # [n]
-        else:
-            teacher = log_probs(model, teacher_states[chunk], cfg.temperature)  # [n, V]
-            losses = DIVERGENCES[cfg.divergence](student, teacher)  # [n]
-            advantages[chunk] = token_advantages(student, teacher, tokens[chunk])
+        student = log_probs(model, states[chunk], cfg.temperature)  # [n, V]
+        losses, signal = token_losses(model, student, targets[chunk], tokens[chunk], cfg)
         (losses.sum() / step_tokens).backward()
         loss += losses.sum().item() / step_tokens
-        gradients.append(states.grad)
-    student_states.backward(torch.cat(gradients))
-    for rollout, part in zip(
-        rollouts, advantages.split([len(c) for c in completions]), strict=True
-    ):
-        rollout.advantages = part.tolist()
+        advantages += signal.tolist()
+    student_states.backward(states.grad)
+    for rollout in rollouts:
+        length = len(rollout.completion)
+        rollout.advantages, advantages = advantages[:length], advantages[length:]
     return loss
 
 
@@ -340,8 +343,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
         ask_critic(rollouts, ask, cfg.group_size)
     for rollout in rollouts:
         give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
-    trained = [r for r in rollouts if cfg.condition == "grpo" or r.teacher_prompt is not None]
-
+    trained = [r for r in rollouts if r.teacher_prompt is not None]
     # A mean over all tokens of the step: the gradient does not depend on micro_batch.
     step_tokens = sum(len(r.completion) for r in trained)
     loss = 0.0
@@ -378,8 +380,8 @@ def paint(text, advantage=0.0):
 def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
-    if not rollout.teacher_prompt:  # no teacher, so no A_t
-        reason = rollout.critic_failure or "the context is None or too long"
+    if not rollout.context:  # so there is no A_t
+        reason = rollout.critic_failure or "the context is None, empty or too long"
         return tqdm.write(paint(f"attempt, no teacher ({reason}): {rollout.text}"))
     tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
@@ -446,7 +448,6 @@ def open_critic(cfg, model, tokenizer):
     return critic.cached(complete, [model.fingerprint, cfg.critic_max_tokens])  # ask()
 
 
-# ================================================================================ runs
 # Settings that may change on resume. On another kind of device the random draws differ.
 OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
 
@@ -455,8 +456,7 @@ def open_run(argv):
     """Returns (settings, state) of a new run or, with --resume, of the last checkpoint in --out."""
     cfg = parse_args(argv)
     folder = Path(cfg.out)
-    if not cfg.resume:
-        # last.pt.new is left over if the first save was killed
+    if not cfg.resume:  # last.pt.new is left over if the first save was killed
         if folder.exists() and any(f.name != "last.pt.new" for f in folder.iterdir()):
             raise UserError(f"{folder} is not empty: --resume or delete it, or use another --out")
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}

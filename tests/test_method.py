@@ -35,7 +35,7 @@ QUOTED = [  # attempt, what quote and omit say of it
 @pytest.mark.parametrize("attempt, quote, omit", QUOTED)
 def test_what_every_context_says(attempt, quote, omit):
     rollout = sd.Rollout(PROBLEM, [], [], attempt, 0.0, critique=WALK, other_critique="other")
-    said = {"grpo": None, "reference": PROBLEM.solution, "critique": WALK, "shuffled": "other"}
+    said = {"grpo": "", "reference": PROBLEM.solution, "critique": WALK, "shuffled": "other"}
     said |= {"answer": "<answer>53</answer>", "empty": "", "quote": quote, "omit": omit}
     assert {name: sd.CONTEXTS[name](rollout) for name in said} == said
 
@@ -117,7 +117,7 @@ def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "\x1b[97;48;5;166ma[-2.0]\x1b[0m b \x1b[97;48;5;25mc [+3.0]\x1b[0m\n" in shown
     assert ": Oh dear\n" in shown
-    sd.show(replace(rollout, teacher_prompt=None), ["a"], tiny[1])
+    sd.show(replace(rollout, context=""), ["a"], tiny[1])
     assert "A_t" not in capsys.readouterr().out  # in grpo there is none
 
 
