@@ -10,7 +10,7 @@ towards its token distributions. After *The Role of Feedback Alignment in Self-D
 Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss, group size and --lr:
 
     grpo        no teacher; a binary reward, compared within a group of rollouts
-    reference   context: the reference solution, which may take another route than the student
+    reference   context: the reference solution, which may take a different route from the student's
     critique    context: the student's own attempt with its errors corrected by a frozen critic
 
 The parts of a training step, and their functions:
@@ -87,7 +87,7 @@ def solver_message(problem, context=None):
 def encode_chats(tokenizer, messages, thinking=False):
     """Chat prompts: B messages -> a list of P token ids for each."""
     chats = [[{"role": "user", "content": message}] for message in messages]
-    # sanitize_control_tokens: transformers encodes an <|im_start|> in a message as plain text
+    # sanitize_control_tokens: an <|im_start|> in a message is encoded as plain text
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     return tokenizer.apply_chat_template(chats, enable_thinking=thinking, **options)
 
@@ -105,23 +105,23 @@ class Rollout:
     critic_failure: str = ""  # why there is no critique
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
-    teacher_prompt: list[int] | None = None  # None: no usable context, so not trained on
+    teacher_prompt: list[int] | None = None  # None: no usable context, so masked (not trained on)
     advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
 
 
 def omit(r):
-    """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    """Verdicts and a fix: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
     right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
-    return " ".join([*verdicts, correction(r.text, r.critique)])  # or "Every step is correct."
+    return " ".join([*verdicts, correction(r.text, r.critique)])  # or "... Every step is correct."
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
-# If it needs no critique, add it to NO_CRITIC. tests/toy/README.md has the words the toy knows.
+# If it needs no critique, add it to NO_CRITIC. tests/toy/README.md lists the toy's words.
 CONTEXTS = {
-    "grpo": lambda r: "",  # the student's prompt; grpo's loss has no teacher
+    "grpo": lambda r: "",  # not None, so every rollout is trained on; grpo's loss has no teacher
     "reference": lambda r: r.problem.solution,
     "critique": lambda r: r.critique,
     "answer": lambda r: f"<answer>{r.problem.answer}</answer>",  # from here: ablations, controls
@@ -186,7 +186,7 @@ def group_advantages(rewards):
 def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
     """One completion of each prompt, up to and including the first end token: B lists of T ids."""
     end_ids = model.generation_config.eos_token_id  # a list: see load_model
-    # Sample from the distribution scored later: no top-k; load_model resets the rest. 0 is greedy.
+    # Full softmax, as in scoring: no top-k; load_model resets the rest. Temperature 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     completions = []
     for start in range(0, len(prompts), batch_size):
@@ -220,7 +220,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
 def ask_critic(rollouts, ask, group_size):
     """Gives each rollout a critique (or the reason it has none) and another problem's critique."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
-    # ask() returns a critic.Critique for each: a rule reads the rollouts, a model the messages
+    # ask() returns a critic.Critique for each: a .py critic reads rollouts, a model reads messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.critic_failure = critique.text, critique.failure
     shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
@@ -230,7 +230,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt, unless critique or context is missing or does not fit."""
+    """Sets context and teacher_prompt if there is a context and the teacher's sequence fits."""
     if rollout.critique is None and condition not in NO_CRITIC:
         return
     try:
@@ -253,12 +253,12 @@ def hidden_states(model, prompts, completions):
     # right-padded; causal attention never sees the padding, so no mask is needed
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # [B, L]
     states = model.base_model(ids, use_cache=False).last_hidden_state  # [B, L, H]
-    spans = zip(states, prompts, completions, strict=True)  # position t − 1 predicts token t
+    spans = zip(states, prompts, completions, strict=True)  # a state predicts the next token
     return torch.cat([row[len(p) - 1 : len(p) + len(c) - 1] for row, p, c in spans])  # [N, H]
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature, fp32: [n, H] -> [n, V]. No adapter on the output layer."""
+    """log π at the sampling temperature, fp32: [n, H] -> [n, V]. The output layer has no LoRA."""
     return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
 
 
@@ -276,7 +276,7 @@ def kl(log_p, log_q):
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): log-probs [n, V], [n, V] -> [n], in nats."""
     p, q = log_p.exp(), log_q.exp()
     # Adding q − p changes no value, since Σ_v (q − p) = 0. But the gradient is now exactly zero
-    # where p = q; without it AdamW scales rounding errors of 1e-8 up to full steps.
+    # where p = q; otherwise AdamW would scale rounding errors of 1e-8 up to full steps.
     return (p * (log_p - log_q) + q - p).sum(-1)
 
 
@@ -344,7 +344,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     for rollout in rollouts:
         give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
     trained = [r for r in rollouts if r.teacher_prompt is not None]
-    # A mean over all tokens of the step: the gradient does not depend on micro_batch.
+    # A mean over all trained tokens of the step: the gradient does not depend on micro_batch.
     step_tokens = sum(len(r.completion) for r in trained)
     loss = 0.0
     for start in range(0, len(trained), cfg.micro_batch):
@@ -368,7 +368,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
 
 # ================================================================================ end of the lesson
 def paint(text, advantage=0.0):
-    """The text for a terminal. If |A_t| >= 1: with A_t, on blue (keep) or orange (change)."""
+    """The text for a terminal. If |A_t| >= 1, A_t follows, on blue (keep) or orange (change)."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
     if abs(advantage) < 1:
         return text
@@ -380,9 +380,9 @@ def paint(text, advantage=0.0):
 def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
-    if not rollout.context:  # so there is no A_t
+    if not rollout.context:  # nothing to mark
         reason = rollout.critic_failure or "the context is None, empty or too long"
-        return tqdm.write(paint(f"attempt, no teacher ({reason}): {rollout.text}"))
+        return tqdm.write(paint(f"attempt, no context ({reason}): {rollout.text}"))
     tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
@@ -458,7 +458,7 @@ def open_run(argv):
     folder = Path(cfg.out)
     if not cfg.resume:  # last.pt.new is left over if the first save was killed
         if folder.exists() and any(f.name != "last.pt.new" for f in folder.iterdir()):
-            raise UserError(f"{folder} is not empty: --resume or delete it, or use another --out")
+            raise UserError(f"{folder} is not empty: pass --resume, delete it or change --out")
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)

@@ -113,7 +113,7 @@ def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):
 
 
 def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
-    """50M parameters, the same rollouts. By default TRL recomputes activations; here also not."""
+    """50M parameters, the same rollouts. By default TRL recomputes activations; we time both."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
