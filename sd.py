@@ -111,7 +111,7 @@ class Rollout:
 
 def omit(r):
     """Verdicts and a fix: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
-    wrong = first_difference(r.text, r.critique)  # the attempt's first wrong step, or None
+    wrong = first_difference(r.text, r.critique)  # first step that the critique changes
     right = parse_steps(r.text[: wrong.start] if wrong else r.text)
     verdicts = [f"{step.title} is correct." for step in right]
     return " ".join([*verdicts, correction(r.text, r.critique)])  # or "... Every step is correct."
@@ -230,7 +230,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt if there is a context and the teacher's sequence fits."""
+    """Sets context and teacher_prompt, unless the context is None or the sequence too long."""
     if rollout.critique is None and condition not in NO_CRITIC:
         return
     try:
@@ -276,7 +276,7 @@ def kl(log_p, log_q):
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): log-probs [n, V], [n, V] -> [n], in nats."""
     p, q = log_p.exp(), log_q.exp()
     # Adding q − p changes no value, since Σ_v (q − p) = 0. But the gradient is now exactly zero
-    # where p = q; otherwise AdamW would scale rounding errors of 1e-8 up to full steps.
+    # where p = q; otherwise AdamW would scale rounding errors up to full steps.
     return (p * (log_p - log_q) + q - p).sum(-1)
 
 
