@@ -140,7 +140,7 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
         model, tokenizer = network("25M", vocabulary)
         cfg = sd.parse_args(["--condition=grpo", f"--micro-batch={count}"])
         optimizer = torch.optim.AdamW(sd.add_adapters(model, 64, 128.0), lr=1e-9)
-        sd.encode_chats = lambda tokenizer, messages: prompts
+        sd.encode_chats = lambda *_: prompts
         sd.generate = lambda *_: completions
         ours = partial(sd.train_step, model, tokenizer, optimizer, problems, None, cfg)
         theirs, ours = clock(trainer.train, ours, repeats=3)
