@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="fine-tuning steps")
     parser.add_argument("--seed", type=int, default=0, help="of the fine-tuning, not the problems")
     dtypes = ["float32", "bfloat16"]
-    parser.add_argument("--dtype", choices=dtypes, default=defaults.dtype, help="of the products")
+    parser.add_argument("--dtype", choices=dtypes, default=defaults.dtype, help="matrix products")
     args = parser.parse_args()
     if not 0 <= args.wrong_share <= 1:
         parser.error(f"--wrong-share is {args.wrong_share}: it must be between 0 and 1")
