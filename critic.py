@@ -15,7 +15,6 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -92,7 +91,8 @@ def load_problems(path):
 
 # ================================================================================ step-tagged text
 # Not one regex: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
-TAG = r"<(/?)(step_[0-9]{1,4}|answer)>"
+TAG = re.compile(r"<(/?)(step_[0-9]{1,4}|answer)>")
+GAP = re.compile(r"\s*(?=\S)")  # white space that text follows
 
 
 @dataclass
@@ -106,35 +106,72 @@ class Step:
     def title(self):
         return self.name.replace("_", " ").capitalize()  # "Step 1"
 
+    def repeats(self, other):
+        """Word for word. White space may differ."""
+        return self.name == other.name and self.text.split() == other.text.split()
+
+
+def without_thinking(text):
+    """The slice of the text after the last </think> and before an unclosed <think>."""
+    start = len(text) - len(text.rpartition("</think>")[2])
+    unclosed = text.find("<think>", start)
+    return slice(start, len(text) if unclosed < 0 else unclosed)
+
 
 def parse_steps(attempt):
-    """The steps and answers in order. An opening tag counts if the next tag closes it."""
-    steps, opening = [], None
-    for tag in re.finditer(TAG, attempt):
+    """The steps and answers in order. A step ends at the next tag, if that closes any step."""
+    spoken, steps, opening = without_thinking(attempt), [], None
+    for tag in TAG.finditer(attempt, spoken.start, spoken.stop):
         closes, name = tag.groups()
-        if closes and opening and opening[2] == name:
+        # models miscount: <step_3>...</step_4> is step 3; but an answer needs its </answer>
+        if closes and opening and (name == "answer") == (opening[2] == "answer"):
             text = attempt[opening.end() : tag.start()]
-            steps.append(Step(name, text, start=opening.start(), end=tag.end()))
+            steps.append(Step(opening[2], text, start=opening.start(), end=tag.end()))
         opening = None if closes else tag
     return steps
 
 
+def differences(attempt, critique):
+    """(ours, theirs): the steps of each, from the first that they do not share word for word."""
+    ours, theirs = parse_steps(attempt), parse_steps(critique)
+    while ours and theirs and ours[0].repeats(theirs[0]):
+        del ours[0], theirs[0]
+    return ours, theirs
+
+
 def first_difference(attempt, critique):
-    """The attempt's first step (or answer) that the critique does not repeat at that position."""
-    for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
-        named_alike = ours and theirs and ours.name == theirs.name
-        if not (named_alike and ours.text.split() == theirs.text.split()):
-            return ours
-    return None
+    """The attempt's first step (or answer) that the critique does not repeat, or None."""
+    return next(iter(differences(attempt, critique)[0]), None)
 
 
 def correction(attempt, critique):
-    """The verdict on the attempt's first wrong step, with that step as the critique has it."""
-    wrong = first_difference(attempt, critique)
-    if wrong is None:
-        return "Every step is correct." if parse_steps(attempt) else "There are no tagged steps."
-    better = [critique[s.start : s.end] for s in parse_steps(critique) if s.name == wrong.name]
-    return f"{wrong.title} is wrong. Correct: {''.join(better)}"
+    """The verdict on the first difference: "Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    ours, theirs = differences(attempt, critique)
+    right = f"Correct: {critique[theirs[0].start : theirs[0].end]}" if theirs else ""
+    # a step that comes later in the critique is right: the critique inserts one before it
+    if ours and ours[0].text.split() not in [step.text.split() for step in theirs]:
+        return f"{ours[0].title} is wrong. {right}"
+    return right or "Every step is correct."
+
+
+def align(walk, attempt):
+    """The text of a critique's steps, in the attempt's white space.
+
+    A repeated step is the attempt's, character by character. A changed one gets the white space
+    that the attempt has inside its tags. Between steps stands what stands there in the attempt.
+    """
+    steps = parse_steps(attempt)
+    gaps = [gap[0] for step in steps if (gap := GAP.match(attempt, step.end))] or ["\n"]
+    aligned = ""
+    for n, step in enumerate(walk):
+        ours = steps[min(n, len(steps) - 1)] if steps else step
+        if n < len(steps) and step.repeats(ours):
+            text = attempt[ours.start : ours.end]
+        else:
+            inside = ours.text.replace(ours.text.strip(), step.text.strip(), 1)
+            text = f"<{step.name}>{inside}</{step.name}>"
+        aligned += gaps[min(n, len(gaps)) - 1] + text if n else text
+    return aligned
 
 
 # ================================================================================ answers
@@ -232,19 +269,26 @@ def cache_file(kind, identity):
 
 @dataclass
 class Critique:
-    text: str | None  # the corrected text; None if the critic failed
+    text: str | None  # the corrected attempt; None if the critic failed
     failure: str = ""  # why it failed
+    reply: str = ""  # what a failed critic wrote
+    dropped: float = 0.0  # share of the reply, without thinking, that is not in the text
 
 
-def parse_critique(text, answer):
-    """The tagged part of what a critic wrote, if it has steps and the right answer."""
-    text = (text or "").rpartition("</think>")[2]
-    steps = parse_steps(text)
-    if not any(step.name == "answer" for step in steps[1:]):
-        return Critique(None, "no steps or no answer")
-    if not is_correct(text, answer):
-        return Critique(None, "wrong answer")
-    return Critique(" ".join(text[step.start : step.end] for step in steps))
+def parse_critique(reply, rollout):
+    """The last walk in a critic's reply, aligned, if it has steps and the right answer."""
+    reply, walk = reply or "", []
+    for step in parse_steps(reply):
+        names = [earlier.name for earlier in walk]
+        if step.name in names:  # the critic quoted the attempt, or began anew: the last counts
+            walk = walk[: names.index(step.name)]
+        walk.append(step)
+    if not any(step.name == "answer" for step in walk[1:]):
+        return Critique(None, "no steps or no answer", reply)
+    if not is_correct(reply, rollout.problem.answer):
+        return Critique(None, "wrong answer", reply)
+    text = align(walk, rollout.text)
+    return Critique(text, dropped=max(0, 1 - len(text) / len(reply[without_thinking(reply)])))
 
 
 def rule_critic(path):
@@ -254,7 +298,7 @@ def rule_critic(path):
         raise UserError(f"{path} has no function critique(problem, attempt)")
 
     def ask(rollouts, messages):
-        return [parse_critique(critique(r.problem, r.text), r.problem.answer) for r in rollouts]
+        return [parse_critique(critique(r.problem, r.text), r) for r in rollouts]
 
     return ask
 
@@ -313,7 +357,7 @@ def cached(complete, identity):
         if set(failures) == set(messages):
             raise UserError(f"every critique failed: {failures[messages[0]].failure}")
         return [
-            failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r.problem.answer)
+            failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r)
             for r, m in zip(rollouts, messages, strict=True)
         ]
 

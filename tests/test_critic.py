@@ -18,7 +18,8 @@ import critic
 import sd
 from critic import Critique, Problem, UserError
 
-ROLLOUT = sd.Rollout(Problem("p", "s", "9"), [], [], "attempt", 0.0)
+ATTEMPT = "<step_1>x</step_1> <answer>8</answer>"
+ROLLOUT = sd.Rollout(Problem("p", "s", "9"), [], [], ATTEMPT, 0.0)
 # Values, each with other spellings of it: "value | spelling | spelling ; value | spelling".
 EQUAL = r"""
 1/2 | 0.5 | .5 | 0.50 | 50% | 50\% | 50 % | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 1 2 | 2/4
@@ -84,25 +85,70 @@ def test_steps_are_parsed_and_compared():
     for text, found in {
         "<step_1>a</step_1> x <answer>b</answer>": [("step_1", "a"), ("answer", "b")],
         "<step_1><step_2>b</step_2></step_1>": [("step_2", "b")],
-        "<step_1>a</step_2></step_1><step_99999>a</step_99999>": [],
+        "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
+        "<answer>a</step_1> <step_1>b</answer> <step_2>c": [],
+        "<think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
+            ("step_3", "b")
+        ],
+        "<answer>a</answer> <think>maybe <answer>b</answer>? No, wait": [("answer", "a")],
     }.items():
         steps = critic.parse_steps(text)
         assert [(s.name, s.text) for s in steps] == found
-        assert all(text[s.start : s.end] == f"<{s.name}>{s.text}</{s.name}>" for s in steps)
+        assert all(text[s.start : s.end].startswith(f"<{s.name}>{s.text}</") for s in steps)
     attempts = [tagged("abc"), "<step_1> a\n</step_1>", tagged("axx"), tagged("abcd")]
     wrong = [critic.first_difference(attempt, tagged("abc")) for attempt in attempts]
     assert wrong[:2] == [None, None] and [s.name for s in wrong[2:]] == ["step_2", "step_4"]
 
 
-def test_a_critique_is_the_tagged_part_of_a_walk_to_the_right_answer():
-    for walk in [
+def parse(reply, attempt="", answer="9"):
+    return critic.parse_critique(
+        reply, replace(ROLLOUT, text=attempt, problem=Problem("p", "s", answer))
+    )
+
+
+def test_a_critique_is_the_last_walk_to_the_right_answer():
+    for reply in [
+        WALK,
         f"Step 2 was wrong!\n{WALK} Well done.",  # comments never reach the teacher
         f"<think>hm</think>{tagged('xx')}</think>{WALK}",  # after the last </think>
+        f"Student's attempt: {tagged('xxx', '8')} Corrected attempt: {WALK}",
+        f"[THINK]{tagged('a', '9')}[/THINK]{WALK}",
+        f"{tagged('ax', '8')} Wait, step 2 is wrong. {WALK[WALK.index('<step_2>') :]}",
+        f"{WALK} <think> Or else {tagged('xx')}?",
     ]:
-        assert critic.parse_critique(walk, "9") == Critique(WALK)
-    for bad in f"{WALK}</think>", None, "<step_1>a</step_1>", "<answer>9</answer>":
-        assert critic.parse_critique(bad, "9") == Critique(None, "no steps or no answer")
-    assert critic.parse_critique(tagged("ab", "8"), "9") == Critique(None, "wrong answer")
+        assert parse(reply, WALK).text == WALK, reply
+    for bad in (
+        f"{WALK}</think>",
+        None,
+        "<step_1>a</step_1>",
+        "<answer>9</answer>",
+        f"<think>{WALK}",
+    ):
+        assert parse(bad) == Critique(None, "no steps or no answer", bad or "")
+    assert parse(tagged("ab", "8")) == Critique(None, "wrong answer", tagged("ab", "8"))
+    assert parse(f"{'x' * 300}</think>{WALK}{'y' * len(WALK)}", WALK).dropped == 0.5
+
+
+SPACED = "<step_1>a  b</step_2>\n<step_2>\n  c\n</step_2>\n\n<answer>8</answer>\n"
+ALIGNED = [  # attempt, critic's reply, what the teacher sees
+    (WALK.replace(" ", "\n"), WALK, WALK.replace(" ", "\n")),  # right: repeated, gaps included
+    (WALK, WALK.replace(" ", "\n"), WALK),
+    (  # verbatim up to the change, then the same white space, inside the tags too
+        SPACED,
+        "<step_1>a b</step_1> <step_2>d</step_2> <step_3>e</step_3> <answer>9</answer>",
+        "<step_1>a  b</step_2>\n<step_2>\n  d\n</step_2>\n\n<step_3>e</step_3>"
+        "\n\n<answer>9</answer>",
+    ),
+    ("<step_1>a</step_1>\n\n<step_2>b", WALK, WALK.replace(" ", "\n\n")),  # unfinished
+    ("Sure! <step_1>a</step_1>\tSo <answer>8</answer>", WALK, WALK.replace(" ", "\t")),
+    ("<step_1>x</step_1><answer>8</answer>", WALK, WALK.replace(" ", "")),
+    ("It is 9", WALK, WALK.replace(" ", "\n")),  # the form that sd.SOLVE shows
+]
+
+
+@pytest.mark.parametrize("attempt, reply, critique", ALIGNED)
+def test_a_critique_has_the_attempts_white_space(attempt, reply, critique):
+    assert parse(reply, attempt).text == critique
 
 
 # ------------------------------------------------------------------------ what models may write
@@ -119,7 +165,8 @@ def read(text):
     rollout = replace(ROLLOUT, text=text, critique=WALK + text)
     critic.is_correct(text, "9")
     critic.is_correct("<answer>9</answer>", text)
-    critic.parse_critique(text, text)
+    critic.parse_critique(text, replace(ROLLOUT, text=text))
+    critic.parse_critique(WALK + text, rollout)
     sd.CONTEXTS["quote"](rollout)
     sd.CONTEXTS["omit"](rollout)
     assert sd.paint(text, -9.0).isprintable()
@@ -339,7 +386,7 @@ def test_a_message_is_answered_once_for_all_critics_of_one_identity(monkeypatch,
 def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_config, monkeypatch):
     """With the solver's own weights it answers as the base, however far the student has come."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(critic, "parse_critique", lambda text, answer: Critique(text))
+    monkeypatch.setattr(critic, "parse_critique", lambda text, rollout: Critique(text))
     ends = [1, *range(4, 80)]  # so that some answers end
     for seed, name in enumerate(["solver", "other"]):
         save_model(name, byte_tokenizer(), ends=ends, seed=seed, max_position_embeddings=48)

@@ -28,7 +28,17 @@ ALL = "Step 1 is correct. Step 2 is correct. Answer is correct. Every step is co
 QUOTED = [  # attempt, what quote and omit say of it
     (WRONG, f"{WRONG} {SAID}", f"Step 1 is correct. {SAID}"),
     (WALK, f"{WALK} Every step is correct.", ALL),
-    ("It is 9", "It is 9 There are no tagged steps.", "There are no tagged steps."),
+    ("It is 9", "It is 9 Correct: <step_1>a</step_1>", "Correct: <step_1>a</step_1>"),
+    (  # right, but a step is missing
+        "<step_1>a</step_1> <answer>53</answer>",
+        "<step_1>a</step_1> <answer>53</answer> Correct: <step_2>b</step_2>",
+        "Step 1 is correct. Correct: <step_2>b</step_2>",
+    ),
+    (  # unfinished
+        "<step_1>a</step_1> <step_2>",
+        "<step_1>a</step_1> <step_2> Correct: <step_2>b</step_2>",
+        "Step 1 is correct. Correct: <step_2>b</step_2>",
+    ),
 ]
 
 
@@ -69,6 +79,18 @@ def test_control_tokens_spelled_in_a_text_stay_text():
             assert prompt.count(control) == harmless.count(control)
     told = "Problem: p{0} Reference solution: s{0} Right answer: 9 Student's attempt: {0}a"
     assert " ".join(asked.split()).endswith(told.format(word))
+
+
+def test_the_teacher_of_a_right_attempt_reads_its_very_tokens():
+    """One space for a newline, and at each step boundary the teacher contradicts the student."""
+    tokenizer, attempt = byte_tokenizer(), WALK.replace(" ", "\n")
+    completion = tokenizer.encode(attempt, add_special_tokens=False)
+    rollout = sd.Rollout(PROBLEM, [], completion, attempt, 1.0)
+    ask = Mock(return_value=[critic.parse_critique(f"All is right. {WALK}", rollout)])
+    sd.ask_critic([rollout], ask, 1)
+    sd.give_context(rollout, "critique", tokenizer, False)
+    prompt, length = rollout.teacher_prompt, len(completion)
+    assert any(prompt[n : n + length] == completion for n in range(len(prompt)))
 
 
 def sampled(tiny, problems, cfg):
