@@ -272,6 +272,8 @@ class Critique:
     text: str | None  # the corrected attempt; None if the critic failed
     failure: str = ""  # why it failed
     reply: str = ""  # what a failed critic wrote
+    aligned: float = 0.0  # share of the attempt's steps repeated before one is changed; right: 1
+    step_changed: bool = False  # it changes or adds a step; a bad critic changes the answer only
     dropped: float = 0.0  # share of the reply, without thinking, that is not in the text
 
 
@@ -288,7 +290,13 @@ def parse_critique(reply, rollout):
     if not is_correct(reply, rollout.problem.answer):
         return Critique(None, "wrong answer", reply)
     text = align(walk, rollout.text)
-    return Critique(text, dropped=max(0, 1 - len(text) / len(reply[without_thinking(reply)])))
+    steps, (ours, theirs) = len(parse_steps(rollout.text)), differences(rollout.text, text)
+    return Critique(
+        text,
+        aligned=(steps - len(ours)) / max(1, steps),  # 0 if the attempt has no steps
+        step_changed=bool(theirs) and theirs[0].name != "answer",
+        dropped=max(0, 1 - len(text) / len(reply[without_thinking(reply)])),
+    )
 
 
 def rule_critic(path):
