@@ -274,11 +274,9 @@ def hidden_states(model, prompts, completions):
 def log_probs(model, states, temperature):
     """log π at the sampling temperature, fp32: [n, H] -> [n, V]. The output layer has no LoRA."""
     logits = model.get_output_embeddings()(states).float()
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    if cap:
+    config = vars(model.config.get_text_config())
+    scale = (config.get("logit_scale") or 1) / (config.get("logits_scaling") or 1)
+    if cap := config.get("final_logit_softcapping"):
         logits = cap * torch.tanh(logits / cap)
     return F.log_softmax(logits / (temperature / scale), dim=-1)
 
@@ -412,29 +410,24 @@ def show(rollout, tokens, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
 
-TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
-
-
 @torch.no_grad()
-def scoring_error(model, tokenizer):
-    """Largest difference, in nats, between the log-probs we score and those generate() draws from.
+def scoring_error(model, tokenizer, prompts):
+    """Mean difference, in nats, between the log-probs we score and those generation draws from.
 
-    In a batch of two short prompts: padded left in generation, right in scoring.
+    The prompts differ in length: padded left in generation, their completions right in scoring.
     """
-    prompt, logits = encode_chats(tokenizer, ["a message"])[0], []
-    prompts = [prompt[-2:], prompt[-6:]]
-    hook = model.register_forward_hook(lambda *call: logits.append(call[-1].logits[:, -1]))
-    completions = generate(model, tokenizer, prompts, 2, 3, 0)
-    hook.remove()
-    rows = zip(torch.stack(logits, 1), completions, strict=True)  # [2, T, V]
-    sampled = torch.cat([row[: len(c)] for row, c in rows]).float().log_softmax(-1)  # [N, V]
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(**batch.to(model.device), **options)
+    completions = output.sequences[:, max(map(len, prompts)) :].tolist()
+    sampled = torch.stack(output.scores, 1).flatten(0, 1).log_softmax(-1)  # [N, V]
     scored = log_probs(model, hidden_states(model, prompts, completions), 1.0)
-    return (scored - sampled).abs().max().item()
+    return (scored - sampled).abs().mean().item()
 
 
 def fingerprint(model, tokenizer):
     """SHA-256 of what decides the outputs: weights, config, end tokens and chat template."""
-    config = model.config.to_dict() | {"_name_or_path": "", "transformers_version": ""}
+    config = model.config.get_text_config().to_dict() | {"_name_or_path": "", "transformers_version": ""}
     identity = [config, model.generation_config.eos_token_id, tokenizer.chat_template]
     digest = hashlib.sha256(repr(identity).encode())
     for weight in model.state_dict().values():
@@ -446,14 +439,14 @@ def load_model(name, device, dtype):
     """Loads (model, tokenizer) from a folder or hub id. Raises UserError on unusable models."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        prompts = encode_chats(tokenizer, ["a message", "another"])  # raises without a template
-        if prompts[0] == prompts[1]:
+        first, second = encode_chats(tokenizer, ["1", "2 + 3"])  # raises without a template
+        if first == second:
             raise UserError("its chat template drops the message")
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model.to(device).eval()  # eval: no dropout
-        if info["missing_keys"] or hasattr(model.config, "quantization_config"):
+        if info["missing_keys"] or hasattr(model, "is_quantized"):
             raise UserError("it lacks weights or is quantized")
         vocabulary = range(model.get_input_embeddings().num_embeddings)
         ends = model.generation_config.eos_token_id
@@ -465,9 +458,10 @@ def load_model(name, device, dtype):
             tokenizer.pad_token_id = end_ids[0]
         # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
         model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
-        error = scoring_error(model, tokenizer)
-        if not error < TOLERANCE[dtype]:  # or NaN
-            raise UserError(f"our log-probs and those it samples from differ by {error:.2g} nats")
+        error = scoring_error(model, tokenizer, [first[-2:], second[-6:]])
+        # float32 is right to 1e-4. bfloat16 rounds by 0.1. A wrong output layer errs by more.
+        if not error < (1e-3 if dtype == "float32" else 0.3):  # or NaN
+            raise UserError(f"it samples from log-probs {error:.2g} nats away from those we score")
     except Exception as error:  # the libraries raise many exception types
         reason = "no such folder" if "Repo id must" in str(error) else error
         raise UserError(f"cannot use the model {name} on {device}: {reason}") from None
@@ -562,12 +556,12 @@ def prepare(cfg, run):
     problems = critic.load_problems(cfg.data)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     decoder = model.get_decoder()
-    reached = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
-    share = reached / decoder.num_parameters(exclude_embeddings=True)
-    if share < 0.9:  # experts of a mixture are not nn.Linear
-        print(f"adapters reach {share:.0%} of the weights of {cfg.model}")
+    linear = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
+    share = linear / decoder.num_parameters(exclude_embeddings=True)
     if not share:
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
+    if share < 0.9:  # the experts of a mixture are not nn.Linear
+        print(f"adapters reach {share:.0%} of the weights")
     messages = [solver_message(problem) for part in problems for problem in part]
     longest = max(map(len, encode_chats(tokenizer, messages))) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
