@@ -23,7 +23,7 @@ import runpy
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from statistics import fmean, multimode
 
@@ -100,11 +100,11 @@ def write(path, text):
 
 def sample(model, tokenizer, asked, cfg, label):
     """A graded Attempt for each (problem, prompt). The token ids of each batch are cached."""
-    identity = [model.fingerprint, model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
+    identity = [model.fingerprint, cfg.device, cfg.seed, settings]
     for start in tqdm(range(0, len(asked), cfg.gen_batch), f"test: {label}", leave=False):
         batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
-        file = critic.cache_file("eval", [identity, settings, start, batch])
+        file = critic.cache_file("eval", [identity, start, batch])
         try:
             sampled = json.loads(file.read_text())
         except (OSError, ValueError):  # no file, or a broken one
@@ -112,7 +112,7 @@ def sample(model, tokenizer, asked, cfg, label):
             sampled = sd.generate(model, tokenizer, batch, *settings)
             write(file, json.dumps(sampled))
         completions += sampled
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = [sd.completion_text(model, tokenizer, completion) for completion in completions]
     return [
         Attempt(p, prompt, ids, text=text, reward=float(critic.is_correct(text, p.answer)))
         for (p, prompt), ids, text in zip(asked, completions, texts, strict=True)
@@ -212,9 +212,9 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
 
 
 def token_ends(tokenizer, ids):
-    """A 0, then the end of each token in the text. Decoding can depend on earlier tokens."""
-    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    return [len(text.rstrip("\ufffd")) for text in texts]  # drops an incomplete character
+    """A 0, then the end of each token in the text, which an end token is not part of."""
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    return list(accumulate(map(len, texts), max))  # an incomplete character may shorten a text
 
 
 def token_kinds(attempt, judge):

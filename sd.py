@@ -33,6 +33,7 @@ Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollo
 N completion tokens in a micro-batch, no padding; n of them in a chunk; H hidden size; V vocabulary.
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -96,10 +97,15 @@ def solver_message(problem, context=None):
 
 def encode_chats(tokenizer, messages, thinking=False):
     """Chat prompts: B messages -> a list of P token ids for each."""
-    chats = [[{"role": "user", "content": message}] for message in messages]
+    unknown = tokenizer.unk_token or "<unk>"  # the one token that cannot be sanitized
+    chats = [[{"role": "user", "content": m.replace(unknown, "< unk>")}] for m in messages]
     # sanitize_control_tokens: an <|im_start|> in a message is encoded as plain text
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
-    return tokenizer.apply_chat_template(chats, enable_thinking=thinking, **options)
+    options |= {"enable_thinking": thinking, "thinking": thinking}  # Qwen's switch, Granite's
+    # Templates that print today's date get a fixed one: a prompt must not change overnight.
+    date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+    template = date + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(chats, chat_template=template, **options)
 
 
 # ================================================================================ conditions
@@ -154,6 +160,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scale = linear, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias  # some models read them
         outputs, inputs = linear.weight.shape
         self.A = nn.Parameter(linear.weight.new_empty(rank, inputs, dtype=torch.float32))
         # B starts at zero: the student starts as the teacher
@@ -170,9 +177,10 @@ class LoRALinear(nn.Module):
 def add_adapters(model, rank, alpha):
     """Freezes the model, adapts each linear layer of its blocks and returns the new parameters."""
     model.requires_grad_(False)
-    for name, layer in list(model.base_model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.base_model.set_submodule(name, LoRALinear(layer, rank, alpha))
+    decoder = model.get_decoder()  # without output layer or vision tower
+    for name, layer in list(decoder.named_modules()):
+        if type(layer) is nn.Linear:  # a subclass may be a router, with other outputs
+            decoder.set_submodule(name, LoRALinear(layer, rank, alpha))
     return nn.ParameterList(p for p in model.parameters() if p.requires_grad)
 
 
@@ -212,6 +220,12 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
     return completions
 
 
+def completion_text(model, tokenizer, completion):
+    """The text of T token ids, without the end token. Special tokens stay: one may be <answer>."""
+    end_ids = model.generation_config.eos_token_id
+    return tokenizer.decode([token for token in completion if token not in end_ids])
+
+
 def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     """group_size graded rollouts of each problem, grouped by problem."""
     problems = [p for p in problems for _ in range(group_size)]
@@ -219,7 +233,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     rows = generate(model, tokenizer, prompts, cfg.gen_batch, cfg.max_new_tokens, cfg.temperature)
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
-        text = tokenizer.decode(completion, skip_special_tokens=True)
+        text = completion_text(model, tokenizer, completion)
         reward = float(is_correct(text, problem.answer))
         cut_off = completion[-1] not in model.generation_config.eos_token_id
         rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
@@ -273,7 +287,12 @@ def hidden_states(model, prompts, completions):
 
 def log_probs(model, states, temperature):
     """log π at the sampling temperature, fp32: [n, H] -> [n, V]. The output layer has no LoRA."""
-    return F.log_softmax(model.get_output_embeddings()(states).float() / temperature, dim=-1)
+    logits = model.get_output_embeddings()(states).float()
+    config = vars(model.config.get_text_config())
+    scale = (config.get("logit_scale") or 1) / (config.get("logits_scaling") or 1)
+    if cap := config.get("final_logit_softcapping"):
+        logits = cap * torch.tanh(logits / cap)
+    return F.log_softmax(logits / (temperature / scale), dim=-1)
 
 
 # ================================================================================ 5, 6. losses
@@ -429,38 +448,70 @@ def show(rollout, tokens, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
 
+@torch.no_grad()
+def scoring_error(model, tokenizer, prompts):
+    """Mean difference, in nats, between the log-probs we score and those generation draws from.
+
+    The prompts differ in length: padded left in generation, their completions right in scoring.
+    """
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(**batch.to(model.device), **options)
+    completions = output.sequences[:, max(map(len, prompts)) :].tolist()
+    sampled = torch.stack(output.scores, 1).flatten(0, 1).log_softmax(-1)  # [N, V]
+    scored = log_probs(model, hidden_states(model, prompts, completions), 1.0)
+    return (scored - sampled).abs().mean().item()
+
+
+def fingerprint(model, tokenizer):
+    """SHA-256 of what decides the outputs: weights, config, end tokens and chat template."""
+    config = model.config.get_text_config().to_dict() | {
+        "_name_or_path": "",
+        "transformers_version": "",
+    }
+    identity = [config, model.generation_config.eos_token_id, tokenizer.chat_template]
+    digest = hashlib.sha256(repr(identity).encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_model(name, device, dtype):
     """Loads (model, tokenizer) from a folder or hub id. Raises UserError on unusable models."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        encode_chats(tokenizer, ["a message"])  # raises if the chat template is missing or broken
+        first, second = encode_chats(tokenizer, ["1", "2 + 3"])  # raises without a template
+        if first == second:
+            raise UserError("its chat template drops the message")
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model.to(device).eval()  # eval: no dropout
+        if info["missing_keys"] or hasattr(model, "is_quantized"):
+            raise UserError("it lacks weights or is quantized")
+        vocabulary = range(model.get_input_embeddings().num_embeddings)
+        ends = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        end_ids = sorted(ends & {*vocabulary})
+        if not end_ids:
+            raise UserError("it has no end token in its vocabulary")
+        if tokenizer.pad_token_id not in vocabulary:
+            tokenizer.pad_token_id = end_ids[0]
+        # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
+        model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
+        error = scoring_error(model, tokenizer, [first[-2:], second[-6:]])
+        # float32 is right to 1e-4. bfloat16 rounds by 0.1. A wrong output layer errs by more.
+        if not error < (1e-3 if dtype == "float32" else 0.3):  # or NaN
+            raise UserError(f"it samples from log-probs {error:.2g} nats away from those we score")
     except Exception as error:  # the libraries raise many exception types
-        raise UserError(f"cannot load the model {name}: {error}") from None
-    end_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
-    vocabulary = range(model.get_input_embeddings().num_embeddings)
-    factors = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma 2, Cohere, ...
-    flaws = {
-        "lacks weights": info["missing_keys"],
-        "has weights that are not finite": not all(p.isfinite().all() for p in model.parameters()),
-        "has no end token in its vocabulary": not set(end_ids) <= set(vocabulary),
-        "caps or scales logits": {getattr(model.config, f, None) for f in factors} - {None, 1.0},
-        "is recurrent": model._is_stateful,
-        "has no linear layers": nn.Linear not in map(type, model.base_model.modules()),
-    }
-    for flaw, found in flaws.items():
-        if found:
-            raise UserError(f"the model {name} {flaw}: not supported")
-    if tokenizer.pad_token_id not in vocabulary:
-        tokenizer.pad_token_id = end_ids[0]
-    tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", 10**9)
-    # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
-    model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
-    model.fingerprint = [torch.hash_tensor(p).item() for p in model.parameters()]  # identity
+        reason = "no such folder" if "Repo id must" in str(error) else error
+        raise UserError(f"cannot use the model {name} on {device}: {reason}") from None
+    config = model.config.get_text_config()
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or 10**9
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond, it encodes all positions in another way
+        tokenizer.model_max_length = rope["original_max_position_embeddings"]
+    model.fingerprint = fingerprint(model, tokenizer)
     return model, tokenizer
 
 
@@ -480,7 +531,7 @@ def open_critic(cfg, model, tokenizer):
         for prompt, completion in zip(prompts, rows, strict=True):
             ended = completion[-1] in model.generation_config.eos_token_id
             fits = len(prompt + completion) <= tokenizer.model_max_length
-            text = tokenizer.decode(completion, skip_special_tokens=True)
+            text = completion_text(model, tokenizer, completion)
             yield text, "" if ended and fits else "cut off"
 
     return critic.cached(complete, [model.fingerprint, cfg.critic_max_tokens])  # ask()
@@ -529,7 +580,8 @@ def save_merged(model, tokenizer, folder):
     model.float()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            layer.linear.weight += layer.scale * layer.B @ layer.A
+            if layer.B.any():  # adding 0.0 would turn -0.0 into 0.0: another fingerprint
+                layer.linear.weight += layer.scale * layer.B @ layer.A
             model.set_submodule(name, layer.linear)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -548,16 +600,23 @@ def prepare(cfg, run):
     problems = critic.load_problems(cfg.data)
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
+    decoder = model.get_decoder()
+    linear = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
+    share = linear / decoder.num_parameters(exclude_embeddings=True)
+    if not share:
+        raise UserError(f"the model {cfg.model} has no linear layers to adapt")
+    if share < 0.9:  # the experts of a mixture are not nn.Linear
+        print(f"adapters reach {share:.0%} of the weights")
     texts = [problem for part in problems for problem in part]
     prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
     if any(tokenizer.unk_token_id in prompt for prompt in prompts):
         words = unknown_words(" ".join(problem.problem for problem in texts), tokenizer)
         said = " ".join(words[:20])
         raise UserError(f"the model {cfg.model} does not know words of {cfg.data}: {said}")
-    if cfg.teacher_thinking and encode_chats(tokenizer, [""], True) == encode_chats(
-        tokenizer, [""]
-    ):
-        raise UserError(f"the model {cfg.model} has no thinking mode: omit --teacher-thinking")
+    if cfg.teacher_thinking:
+        silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
+        if silent == thinking:
+            raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")
     longest = max(map(len, prompts)) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
