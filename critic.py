@@ -149,15 +149,14 @@ UNIT = r"(?:[ckm]?[mgl]|[hs]|hr|ft|in|lbs?|oz|[ap]m|of|is|[a-z.]{3,})(?:/[a-z]+)
 # Words that change the number are no label: 5 million, twice 5, 2 thirds, not 5.
 CHANGES = r"hundred|thousand|[a-z]*illion|dozen|pair|hal[fv]|third|quarter|twice|doubl|tripl|cubed"
 CHANGES += r"|(?:four|fif|six|seven|eigh|nin|ten)th|times\b|squared|root|factorial|negative|minus"
-CHANGES += r"|plus|than\b|or\b|not\b|[a-z]+n't|repeat|base\b"
+CHANGES += r"|plus|than\b|or\b|not\b|[a-z]+n't|repeat|base\b|below"
 LABELLED = rf"(?!.*(?<![\\a-z])(?:{CHANGES}))({VARIABLE}|(?:[A-Za-z'.]+ )*[a-z'.]{{2,}}[ =])?"
-LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./^23]+)*)?"
-# Sign, whole part of a mixed number, number: 3/4; 1,234.50; 12, .5 or 3e5.
-NUMBER = r"\+?(-?)(?:([0-9]+) (?=[0-9]+/))?([0-9]+/[1-9][0-9]*|"
-NUMBER += r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+(?:e-?[0-9]{1,2})?)"
-SYMBOLS = r"-|-|/|\le |\ge |\times |\cdot |\pm |\pi |\infty |\cup |\in |\sqrt "
-SYMBOLS += "| degree | percent | euro | pound | cent "
-SYMBOLS = dict(zip(map(ord, "−–⁄≤≥×·±π∞∪∈√°%€£¢"), SYMBOLS.split("|"), strict=True))
+LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+(?:\^[23])?)*)?"
+# Sign, whole part of a mixed number, number (3/4; 1,234.50; 12, .5 or 3e5), power.
+NUMBER = r"\+?(-?)(?:([0-9]+) (?=[0-9]+/))?([0-9]+/[1-9][0-9]*(?!\^)|[0-9]{1,3}(?:,[0-9]{3})+"
+NUMBER += r"(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+(?:e-?[0-9]{1,2})?)(?:\^([0-9]{1,2}))?"
+SIGNS = r"−- –- ⁄/ ≤\le ≥\ge ×\times ±\pm π\pi ∞\infty ∪\cup ∈\in √\sqrt %percent €euro ¢cent"
+SIGNS = {ord(pair[0]): f" {pair[1:]} " for pair in SIGNS.split()}
 # Rules for one spelling, in this order: pattern → replacement. ␣ is a space; without → it deletes.
 RULES = r"""
 <= → \\le␣
@@ -169,18 +168,17 @@ RULES = r"""
 \\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\} → ␣\1
 \\!|\\(?=[{}])|\\(?:left|right|displaystyle)\b|(?<=\\[gln]e)q\b|(?<=\\)[dtc](?=frac)
 (?<!\\)\$+([^$]*[^$\\])\$+ → ␣\1␣
-(-?)\\?\$ → ␣dollar␣\1
-\^\s*\{?\\circ\}? → ␣degree␣
+(-?)\\?\$␣?(-?[0-9]+(?:[,.][0-9]+)*)? → \1\2␣dollar␣
+°|\^\s*\{?\\circ\}? → ␣degree␣
 ([\^_])(?:\{(-?[0-9]+|[A-Za-z])\}|([0-9]+|[A-Za-z])) → \1\2\3␣
 (?:(?<!\\)\\[,;:␣()\[\]]|~|\s)+ → ␣
 ^(.*?)\\boxed\{(.*)\}␣?$ → \1␣\2
-␣?([^\w\s,.])␣? → \1
-^[␣*:#=`]+|[␣*.,;:`]+$|(?i:^(?:the␣)?(?:final␣|correct␣)?(?:answer|option|choice)(?:␣is)?:?␣?)
+␣?([^\w\s,.])(?:␣(?![A-Za-z]{2}))? → \1
+^[␣*:#=`]+|[␣*.,;:`]+$|(?i:^(?:the␣)?(?:final␣|correct␣)?(?:answer|option|choice)(?:␣is)?[␣*:]*)
 ^\(?([^(),]+)\)$ → \1
 \(([A-Za-z␣]{3,})\) → ␣\1
 (?<=[0-9])(?=(?:[ckm][mgl]|ft|[ap]m|lbs?|mph)\b) → ␣
 (?<=[a-z0-9])/(?=[a-z]{3}) → ␣per␣
-^(?=10\^[0-9]) → 1\\times
 (?<=[0-9])\\(?:times|cdot)␣?10\^(-?[0-9]{1,2})\b → e\1
 \\sqrt␣?(?:\((\w+)\)|([0-9]+|[a-z])) → \\sqrt{\1\2}
 (\\frac(?:\{[^{}]*\})?)␣?(\w) → \1{\2}
@@ -200,27 +198,26 @@ def last_answer(completion):
 
 @lru_cache
 def read_answer(text):
-    r"""(value, label): a Fraction, or an expression as written; the words, unit or variable.
+    r"""(value, label): a number's Fraction, or an expression as written, and the words around it.
 
-    1/2, 0.5, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." have one value. White space
-    and LaTeX spelling do not count.
+    1/2, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." have the same value.
     """
     if len(text) > 1000:  # too long; Python refuses numbers over 4,300 digits
         return text, ""
     for _ in range(2):  # for \boxed{\boxed{3}}
-        text = text.translate(SYMBOLS)
+        text = text.translate(SIGNS)
         for pattern, replacement in RULES:
             text = re.sub(pattern, replacement, text)
         text = unicodedata.normalize("NFKC", text)  # full-width digits, ½
     text = re.sub(r"(?<!\\)\b[A-Za-z]{2,}", lambda word: word[0].lower(), text)  # X is not x
-    labelled = re.fullmatch(LABELLED, text)
-    before, value, after = labelled.groups("") if labelled else ("", text, "")
+    parts = re.fullmatch(LABELLED, text) or re.fullmatch(rf"({VARIABLE})?(.*)()", text)
+    before, value, after = parts.groups("")
     label = re.sub(r"=|(?<=[hx])es\b|\Bs\b", "", before + after).strip()  # no plurals
     number = re.fullmatch(NUMBER, value)
     if not number:
         return re.sub(r"(?<![0-9]) | (?![0-9])", "", value), label
-    minus, whole, digits = number.groups("")
-    size = int(whole or 0) + Fraction(digits.replace(",", ""))
+    minus, whole, digits, power = number.groups("")
+    size = int(whole or 0) + Fraction(digits.replace(",", "")) ** int(power or 1)
     return -size if minus else size, label
 
 
