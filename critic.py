@@ -146,10 +146,10 @@ VALUE = r"(?:-?[0-9]+ (?=[0-9]+/))?(?=[^ ]*[0-9\\])(?:[^ ]|(?<=,) )+"
 VARIABLE = r"[A-Za-z]?(?:\([a-z0-9, ]+\))?(?:=|\\in\b)"  # x=, f(x)=, (x,y)=, x\in
 # The word after the value has three letters or is one of these: "3 x" and "3 xy" are values.
 UNIT = r"(?:[ckm]?[mgl]|[hs]|hr|ft|in|lbs?|oz|[ap]m|of|is|[a-z.]{3,})(?:/[a-z]+)?(?:\^[23])?"
-# Words that change the number are no label: 5 million, twice 5, 2 thirds, not 5.
-CHANGES = r"hundred|thousand|[a-z]*illion|dozen|pair|hal[fv]|third|quarter|twice|doubl|tripl|cubed"
-CHANGES += r"|(?:four|fif|six|seven|eigh|nin|ten)th|times\b|squared|root|factorial|negative|minus"
-CHANGES += r"|plus|than\b|or\b|not\b|[a-z]+n't|repeat|base\b|below"
+# Number words, parts, multiples, negation and comparison change the number and are no label.
+CHANGES = r"hundred|thousand|[a-z]*illion|dozen|pair|hal[fv]|quarter|two\b|three|four|fi[fv]|six"
+CHANGES += r"|seven|eigh|nin[et]|tens\b|tenth|twe|thir[dt]|twice|doubl|tripl|times\b|squared|cubed"
+CHANGES += r"|root|factorial|minus|plus|negative|not\b|[a-z]+n't|never|or\b|than\b|below|repeat"
 LABELLED = rf"(?!.*(?<![\\a-z])(?:{CHANGES}))({VARIABLE}|(?:[A-Za-z'.]+ )*[a-z'.]{{2,}}[ =])?"
 LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+(?:\^[23])?)*)?"
 # Sign, whole part of a mixed number, number (3/4; 1,234.50; 12, .5 or 3e5), power.
@@ -164,7 +164,7 @@ RULES = r"""
 [⁰¹²³⁴-⁹]+ → ^{\g<0>}
 (?=[¼-¾⅐-⅞]) → ␣
 ,\\!|(?:\{,\}|\\,|[^\S␣-~])(?=[0-9]{3}) → ,
-(?<![\\a-z])(pi|sqrt|sin|cos|tan|log|ln)\b → \\\1
+(?<![\\a-z])(pi|sqrt|log|ln|exp|(?:arc)?(?:sin|cos|tan))\b → \\\1
 \\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\} → ␣\1
 \\!|\\(?=[{}])|\\(?:left|right|displaystyle)\b|(?<=\\[gln]e)q\b|(?<=\\)[dtc](?=frac)
 (?<!\\)\$+([^$]*[^$\\])\$+ → ␣\1␣
