@@ -456,8 +456,8 @@ def open_run(argv):
     """Returns (settings, state) of a new run or, with --resume, of the last checkpoint in --out."""
     cfg = parse_args(argv)
     folder = Path(cfg.out)
-    if not cfg.resume:  # last.pt.new is left over if the first save was killed
-        if folder.exists() and any(f.name != "last.pt.new" for f in folder.iterdir()):
+    if not cfg.resume:  # last.pt.*.new is left over if the first save was killed
+        if folder.exists() and any(f.suffix != ".new" for f in folder.iterdir()):
             raise UserError(f"{folder} is not empty: pass --resume, delete it or change --out")
         return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
     try:
