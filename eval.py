@@ -23,9 +23,9 @@ import runpy
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, compress, pairwise
 from pathlib import Path
-from statistics import fmean, multimode
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -100,11 +100,11 @@ def write(path, text):
 
 def sample(model, tokenizer, asked, cfg, label):
     """A graded Attempt for each (problem, prompt). The token ids of each batch are cached."""
-    identity = [model.fingerprint, model.config, model.generation_config, cfg.device, cfg.seed]
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
+    identity = [model.fingerprint, cfg.device, cfg.seed, settings]
     for start in tqdm(range(0, len(asked), cfg.gen_batch), f"test: {label}", leave=False):
         batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
-        file = critic.cache_file("eval", [identity, settings, start, batch])
+        file = critic.cache_file("eval", [identity, start, batch])
         try:
             sampled = json.loads(file.read_text())
         except (OSError, ValueError):  # no file, or a broken one
@@ -112,7 +112,7 @@ def sample(model, tokenizer, asked, cfg, label):
             sampled = sd.generate(model, tokenizer, batch, *settings)
             write(file, json.dumps(sampled))
         completions += sampled
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = [sd.completion_text(model, tokenizer, completion) for completion in completions]
     return [
         Attempt(p, prompt, ids, text=text, reward=float(critic.is_correct(text, p.answer)))
         for (p, prompt), ids, text in zip(asked, completions, texts, strict=True)
@@ -138,12 +138,12 @@ def intervals(values, names):
 
 def group_scores(attempts):
     """[Avg@k, Maj@k, Pass@k, mean length] of k attempts at a problem; ties share Maj's point."""
-    rewards = [a.reward for a in attempts]
-    answers = [critic.extract_answer(a.text) for a in attempts]
-    reward_of = dict(zip(answers, rewards, strict=True))
-    winners = [reward_of[answer] for answer in multimode(filter(None, answers))]
+    rewards = [100 * a.reward for a in attempts]
+    texts = [a.text for a in attempts]
+    votes = [sum(critic.is_correct(a, critic.last_answer(b)) for b in texts) for a in texts]
+    winners = compress(rewards, [count == max(votes) for count in votes])
     length = fmean(len(a.completion) for a in attempts)
-    return [100 * fmean(rewards), 100 * fmean(winners or [0]), 100 * max(rewards), length]
+    return [fmean(rewards), fmean(winners), max(rewards), length]
 
 
 def measure(label, subjects, problems, k, cfg):
@@ -212,9 +212,9 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
 
 
 def token_ends(tokenizer, ids):
-    """A 0, then the end of each token in the text. Decoding can depend on earlier tokens."""
-    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    return [len(text.rstrip("\ufffd")) for text in texts]  # drops an incomplete character
+    """A 0, then the end of each token in the text, which an end token is not part of."""
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    return list(accumulate(map(len, texts), max))  # an incomplete character may shorten a text
 
 
 def token_kinds(attempt, judge):
