@@ -11,11 +11,12 @@ import random
 import re
 import runpy
 import time
+import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
+from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def load_problems(path):
 
 # ================================================================================ step-tagged text
 # Not one regex: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
-TAG = r"<(/?)(step_[0-9]{1,4}|answer)>"
+TAG = re.compile(r"<(/?)(step_[0-9]{1,4}|answer)>")
+GAP = re.compile(r"\s*(?=\S)")  # white space that text follows
 
 
 @dataclass
@@ -106,79 +108,123 @@ class Step:
     def title(self):
         return self.name.replace("_", " ").capitalize()  # "Step 1"
 
+    def repeats(self, other):
+        """Word for word. White space may differ."""
+        return self.name == other.name and self.text.split() == other.text.split()
+
+
+def without_thinking(text):
+    """The slice of the text after the last </think> and before an unclosed <think>."""
+    start = len(text) - len(text.rpartition("</think>")[2])
+    unclosed = text.find("<think>", start)
+    return slice(start, len(text) if unclosed < 0 else unclosed)
+
 
 def parse_steps(attempt):
-    """The steps and answers in order. An opening tag counts if the next tag closes it."""
-    steps, opening = [], None
-    for tag in re.finditer(TAG, attempt):
+    """The steps and answers in order. A step ends at the next tag, if that closes any step."""
+    spoken, steps, opening = without_thinking(attempt), [], None
+    for tag in TAG.finditer(attempt, spoken.start, spoken.stop):
         closes, name = tag.groups()
-        if closes and opening and opening[2] == name:
+        # models miscount: <step_3>...</step_4> is step 3; but an answer needs its </answer>
+        if closes and opening and (name == "answer") == (opening[2] == "answer"):
             text = attempt[opening.end() : tag.start()]
-            steps.append(Step(name, text, start=opening.start(), end=tag.end()))
+            steps.append(Step(opening[2], text, start=opening.start(), end=tag.end()))
         opening = None if closes else tag
     return steps
 
 
+def differences(attempt, critique):
+    """(ours, theirs): the steps of each, from the first that they do not share word for word."""
+    ours, theirs = parse_steps(attempt), parse_steps(critique)
+    while ours and theirs and ours[0].repeats(theirs[0]):
+        del ours[0], theirs[0]
+    return ours, theirs
+
+
 def first_difference(attempt, critique):
-    """The attempt's first step (or answer) that the critique does not repeat at that position."""
-    for ours, theirs in zip_longest(parse_steps(attempt), parse_steps(critique)):
-        named_alike = ours and theirs and ours.name == theirs.name
-        if not (named_alike and ours.text.split() == theirs.text.split()):
-            return ours
-    return None
+    """The attempt's first step (or answer) that the critique does not repeat, or None."""
+    return next(iter(differences(attempt, critique)[0]), None)
 
 
 def correction(attempt, critique):
-    """The verdict on the attempt's first wrong step, with that step as the critique has it."""
-    wrong = first_difference(attempt, critique)
-    if wrong is None:
-        return "Every step is correct." if parse_steps(attempt) else "There are no tagged steps."
-    better = [critique[s.start : s.end] for s in parse_steps(critique) if s.name == wrong.name]
-    return f"{wrong.title} is wrong. Correct: {''.join(better)}"
+    """The verdict on the first difference: "Step 2 is wrong. Correct: <step_2>...</step_2>"."""
+    ours, theirs = differences(attempt, critique)
+    right = f"Correct: {critique[theirs[0].start : theirs[0].end]}" if theirs else ""
+    # a step that comes later in the critique is right: the critique inserts one before it
+    if ours and ours[0].text.split() not in [step.text.split() for step in theirs]:
+        return f"{ours[0].title} is wrong. {right}"
+    return right or "Every step is correct."
+
+
+def align(walk, attempt):
+    """The text of a critique's steps, in the attempt's white space.
+
+    A repeated step is the attempt's, character by character. A changed one gets the white space
+    that the attempt has inside its tags. Between steps stands what stands there in the attempt.
+    """
+    steps = parse_steps(attempt)
+    gaps = [gap[0] for step in steps if (gap := GAP.match(attempt, step.end))] or ["\n"]
+    aligned = ""
+    for n, step in enumerate(walk):
+        ours = steps[min(n, len(steps) - 1)] if steps else step
+        if n < len(steps) and step.repeats(ours):
+            text = attempt[ours.start : ours.end]
+        else:
+            inside = ours.text.replace(ours.text.strip(), step.text.strip(), 1)
+            text = f"<{step.name}>{inside}</{step.name}>"
+        aligned += gaps[min(n, len(gaps)) - 1] + text if n else text
+    return aligned
 
 
 # ================================================================================ answers
-# In this order: 3/4; 1,234.50; 12 or .5.
-NUMBER = r"[0-9]+/[1-9][0-9]*|[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+"
-# Not units, since they change the number: 5 million, 2 thirds. But 5 months is 5.
-SCALE = r"hundred|thousand|[a-z]*illion|dozen|tens\b|squared?\b|cubed?\b|factorial"
-PART = r"hal[fv]|third|quarter|(?!month)[a-z]+ths?\b"
-LONG_UNIT = rf"(?i:(?:square |cubic )?(?!{SCALE}|{PART})[a-z]{{3,}}(?: per [a-z]+)?)"
-# One letter is a unit only after a space: 3h is an expression.
-SHORT_UNIT = r"(?:[cdkm]m|[km]g|ml|in|ft|yd|mi|lbs?|oz|hrs?|km/h|(?<= )(?:m/s|[mglsh]))(?:\^[23])?"
-UNIT = rf"%|{SHORT_UNIT}|(?<= ){LONG_UNIT}"
-# Variable, sign, whole part of a mixed number (only before a fraction), number, unit.
-QUANTITY = rf"([A-Za-z]=)?\+?(-?)(?:([0-9]+) (?=[0-9]+/))?({NUMBER})(?: ?({UNIT}))?"
-
-GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # {…}, in which braces may nest once
-RULES = [  # (pattern, replacement), in this order
-    ("\N{MINUS SIGN}", "-"),
-    (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1"),  # 5\text{ cm}
-    (r"\\!|\\(?:left|right)\b", ""),
-    (r"\{,\}|\\,(?=[0-9]{3})", ","),  # 1{,}234 and 1\,234
-    (r"\^\s*\{?\\circ\}?|°", " degrees"),
-    (r"(?<!\\)\\[,;: ()\[\]]|\\?[$€£]|~", " "),  # LaTeX's spaces and delimiters, currencies
-    (r"\\([%{}])", r"\1"),
-    (r"\\([gl]e|ne)q\b", r"\\\1"),  # \geq is \ge
-    (r"([\^_])(?:\{(-?[0-9]+|[A-Za-z])\}|([0-9]+|[A-Za-z]))", r"\1\2\3 "),  # x^{2}y, x^2y
-    (r"(\\[a-z]+) (?=[0-9])", r"\1"),  # \times 10
-    (r"\s+", " "),
-    (r" ?([^\w\s,.]) ?", r"\1"),  # commas keep spaces: "1, 234" is no number
-    (r"^[ *:]+|[ *.,;:]+$", ""),
-    (r"(?i)^(?:the )?(?:final )?answer(?: is)?:? ?", ""),
-    (r"^\\boxed\{(.*)\}$", r"\1"),
-    (r"^\(([A-Z])\)$", r"\1"),  # a multiple-choice letter
-    (r"^(?:No|[A-Z][a-z ]{2,})$", lambda m: m[0].lower()),  # words; X is not x
-    (r"^([0-9]{1,9})\^([0-9]{1,2})$", lambda m: str(int(m[1]) ** int(m[2]))),  # 10^3
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(frac|sqrt) ?(\w)", r"\\\1{\2}"),  # \sqrt2, and the first half of \frac12
-    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
-    (r"([0-9])\\frac\{([0-9]+)\}\{([0-9]+)\}", r"\1 \2/\3"),  # a mixed number
-    (rf"\\frac{GROUP}{GROUP}", r"(\1)/(\2)"),
-    # Brackets that a fraction does not need: (n(n+1))/(2), but not (n+1)/(2n).
-    (r"(?<![\w)}\]^/])\((-?[\w.^\\{}]+(?:\([^()]*\))?)\)/", r"\1/"),
-    (r"/\(([0-9.]+|[A-Za-z]|\\sqrt\{\w+\})\)(?![\w(^])", r"/\1"),
-]
+# An answer is a value with a label: "x=5", "She pays $5", "5\pi square cm", "5 apples in total".
+# The value has a digit or a command. It has a space only in 1 1/2 or after a comma.
+VALUE = r"(?:-?[0-9]+ (?=[0-9]+/))?(?=[^ ]*[0-9\\])(?:[^ ]|(?<=,) )+"
+VARIABLE = r"[A-Za-z]?(?:\([a-z0-9, ]+\))?(?:=|\\in\b)"  # x=, f(x)=, (x,y)=, x\in
+# The word after the value has three letters or is one of these: "3 x" and "3 xy" are values.
+UNIT = r"(?:[ckm]?[mgl]|[hs]|hr|ft|in|lbs?|oz|[ap]m|of|is|[a-z.]{3,})(?:/[a-z]+)?(?:\^[23])?"
+# Number words, parts, multiples, negation and comparison change the number and are no label.
+CHANGES = r"hundred|thousand|[a-z]*illion|dozen|pair|hal[fv]|quarter|two\b|three|four|fi[fv]|six"
+CHANGES += r"|seven|eigh|nin[et]|tens\b|tenth|twe|thir[dt]|twice|doubl|tripl|times\b|squared|cubed"
+CHANGES += r"|root|factorial|minus|plus|negative|not\b|[a-z]+n't|never|or\b|than\b|below|repeat"
+LABELLED = rf"(?!.*(?<![\\a-z])(?:{CHANGES}))({VARIABLE}|(?:[A-Za-z'.]+ )*[a-z'.]{{2,}}[ =])?"
+LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+(?:\^[23])?)*)?"
+# Sign, whole part of a mixed number, number (3/4; 1,234.50; 12, .5 or 3e5), power.
+NUMBER = r"\+?(-?)(?:([0-9]+) (?=[0-9]+/))?([0-9]+/[1-9][0-9]*(?!\^)|[0-9]{1,3}(?:,[0-9]{3})+"
+NUMBER += r"(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+(?:e-?[0-9]{1,2})?)(?:\^([0-9]{1,2}))?"
+SIGNS = r"−- –- ⁄/ ≤\le ≥\ge ×\times ±\pm π\pi ∞\infty ∪\cup ∈\in √\sqrt %percent €euro ¢cent"
+SIGNS = {ord(pair[0]): f" {pair[1:]} " for pair in SIGNS.split()}
+# Rules for one spelling, in this order: pattern → replacement. ␣ is a space; without → it deletes.
+RULES = r"""
+<= → \\le␣
+>= → \\ge␣
+[⁰¹²³⁴-⁹]+ → ^{\g<0>}
+(?=[¼-¾⅐-⅞]) → ␣
+,\\!|(?:\{,\}|\\,|[^\S␣-~])(?=[0-9]{3}) → ,
+(?<![\\a-z])(pi|sqrt|log|ln|exp|(?:arc)?(?:sin|cos|tan))\b → \\\1
+\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\} → ␣\1
+\\!|\\(?=[{}])|\\(?:left|right|displaystyle)\b|(?<=\\[gln]e)q\b|(?<=\\)[dtc](?=frac)
+(?<!\\)\$+([^$]*[^$\\])\$+ → ␣\1␣
+(-?)\\?\$␣?(-?[0-9]+(?:[,.][0-9]+)*)? → \1\2␣dollar␣
+°|\^\s*\{?\\circ\}? → ␣degree␣
+([\^_])(?:\{(-?[0-9]+|[A-Za-z])\}|([0-9]+|[A-Za-z])) → \1\2\3␣
+(?:(?<!\\)\\[,;:␣()\[\]]|~|\s)+ → ␣
+^(.*?)\\boxed\{(.*)\}␣?$ → \1␣\2
+␣?([^\w\s,.])(?:␣(?![A-Za-z]{2}))? → \1
+^[␣*:#=`]+|[␣*.,;:`]+$|(?i:^(?:the␣)?(?:final␣|correct␣)?(?:answer|option|choice)(?:␣is)?[␣*:]*)
+^\(?([^(),]+)\)$ → \1
+\(([A-Za-z␣]{3,})\) → ␣\1
+(?<=[0-9])(?=(?:[ckm][mgl]|ft|[ap]m|lbs?|mph)\b) → ␣
+(?<=[a-z0-9])/(?=[a-z]{3}) → ␣per␣
+(?<=[0-9])\\(?:times|cdot)␣?10\^(-?[0-9]{1,2})\b → e\1
+\\sqrt␣?(?:\((\w+)\)|([0-9]+|[a-z])) → \\sqrt{\1\2}
+(\\frac(?:\{[^{}]*\})?)␣?(\w) → \1{\2}
+([0-9])\\frac\{([0-9]+)\}\{([0-9]+)\} → \1␣\2/\3
+\\frac\{((?:[^{}]|\{[^{}]*\})*)\}\{((?:[^{}]|\{[^{}]*\})*)\} → (\1)/(\2)
+(?<![\w)}\]^/])\((-?[\w.^\\{}]+(?:\([^()]*\))?)\)/ → \1/
+/\(([0-9.]+|[A-Za-z]|\\sqrt\{\w+\})\)(?![\w(^]) → /\1
+"""
+RULES = [row.partition(" → ")[::2] for row in RULES.strip().replace("␣", " ").split("\n")]
 
 
 def last_answer(completion):
@@ -187,40 +233,43 @@ def last_answer(completion):
     return answers[-1] if answers else ""
 
 
+@lru_cache
 def read_answer(text):
-    r"""(value, label): a number's Fraction and its unit or variable, or the cleaned text and "".
+    r"""(value, label): a number's Fraction, or an expression as written, and the words around it.
 
-    1/2, 0.5, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." agree. Sets, pairs and
-    expressions are compared as written, except for white space and LaTeX spelling.
+    1/2, \frac12, $\boxed{\dfrac{1}{2}}$ and "The answer is 0.50." have the same value.
     """
     if len(text) > 1000:  # too long; Python refuses numbers over 4,300 digits
         return text, ""
-    for pattern, replacement in RULES * 2:  # twice, as in \boxed{\boxed{3}}
-        text = re.sub(pattern, replacement, text)
-    quantity = re.fullmatch(QUANTITY, text)
-    if not quantity:
-        return text.replace(", ", ","), ""
-    variable, minus, whole, digits, unit = quantity.groups("")
-    value = int(whole or 0) + Fraction(digits.replace(",", ""))
-    return -value if minus else value, variable + unit.lower()
+    for _ in range(2):  # for \boxed{\boxed{3}}
+        text = text.translate(SIGNS)
+        for pattern, replacement in RULES:
+            text = re.sub(pattern, replacement, text)
+        text = unicodedata.normalize("NFKC", text)  # full-width digits, ½
+    text = re.sub(r"(?<!\\)\b[A-Za-z]{2,}", lambda word: word[0].lower(), text)  # X is not x
+    parts = re.fullmatch(LABELLED, text) or re.fullmatch(rf"({VARIABLE})?(.*)()", text)
+    before, value, after = parts.groups("")
+    label = re.sub(r"=|(?<=[hx])es\b|\Bs\b", "", before + after).strip()  # no plurals
+    number = re.fullmatch(NUMBER, value)
+    if not number:
+        return re.sub(r"(?<![0-9]) | (?![0-9])", "", value), label
+    minus, whole, digits, power = number.groups("")
+    size = int(whole or 0) + Fraction(digits.replace(",", "")) ** int(power or 1)
+    return -size if minus else size, label
 
 
-def extract_answer(completion):
-    """The last closed <answer> in its canonical spelling, or None. Maj@k counts votes by it."""
-    value, label = read_answer(last_answer(completion))
-    return f"{value} {label}".strip() or None
+def same_answer(one, other):
+    """Whether two results of read_answer agree. One side may lack the label."""
+    (value, label), (wanted, longer) = sorted([one, other], key=lambda answer: len(answer[1]))
+    if not label and longer == "percent" and isinstance(wanted, Fraction):
+        return value == wanted / 100 or value == wanted > 1  # 60% is 60 or 0.6; 0.6% is not 0.6
+    short = len(label) == 2 and re.fullmatch(rf"{label[0]}[a-z]*{label[1]}[a-z]*", longer)  # kg
+    return value == wanted != "" and (label in ("", longer) or bool(short))
 
 
 def is_correct(completion, answer):
-    """The reward in training and the grade in evaluation. One side may lack the label."""
-    value, label = read_answer(last_answer(completion))
-    wanted, wanted_label = read_answer(answer)
-    if value == "":
-        return False
-    if {label, wanted_label} == {"%", ""}:  # 60% is right where the answer is 60 or 0.6
-        percent, other = (value, wanted) if label else (wanted, value)
-        return other in (percent, percent / 100)
-    return value == wanted and (label == wanted_label or "" in (label, wanted_label))
+    """The reward in training and the grade in evaluation."""
+    return same_answer(read_answer(last_answer(completion)), read_answer(answer))
 
 
 # ================================================================================ critics
@@ -232,19 +281,34 @@ def cache_file(kind, identity):
 
 @dataclass
 class Critique:
-    text: str | None  # the corrected text; None if the critic failed
+    text: str | None  # the corrected attempt; None if the critic failed
     failure: str = ""  # why it failed
+    reply: str = ""  # what a failed critic wrote
+    aligned: float = 0.0  # share of the attempt's steps repeated before one is changed; right: 1
+    step_changed: bool = False  # it changes or adds a step; a bad critic changes the answer only
+    dropped: float = 0.0  # share of the reply, without thinking, that is not in the text
 
 
-def parse_critique(text, answer):
-    """The tagged part of what a critic wrote, if it has steps and the right answer."""
-    text = (text or "").rpartition("</think>")[2]
-    steps = parse_steps(text)
-    if not any(step.name == "answer" for step in steps[1:]):
-        return Critique(None, "no steps or no answer")
-    if not is_correct(text, answer):
-        return Critique(None, "wrong answer")
-    return Critique(" ".join(text[step.start : step.end] for step in steps))
+def parse_critique(reply, rollout):
+    """The last walk in a critic's reply, aligned, if it has steps and the right answer."""
+    reply, walk = reply or "", []
+    for step in parse_steps(reply):
+        names = [earlier.name for earlier in walk]
+        if step.name in names:  # the critic quoted the attempt, or began anew: the last counts
+            walk = walk[: names.index(step.name)]
+        walk.append(step)
+    if not any(step.name == "answer" for step in walk[1:]):
+        return Critique(None, "no steps or no answer", reply)
+    if not is_correct(reply, rollout.problem.answer):
+        return Critique(None, "wrong answer", reply)
+    text = align(walk, rollout.text)
+    steps, (ours, theirs) = len(parse_steps(rollout.text)), differences(rollout.text, text)
+    return Critique(
+        text,
+        aligned=(steps - len(ours)) / max(1, steps),  # 0 if the attempt has no steps
+        step_changed=bool(theirs) and theirs[0].name != "answer",
+        dropped=max(0, 1 - len(text) / len(reply[without_thinking(reply)])),
+    )
 
 
 def rule_critic(path):
@@ -254,7 +318,7 @@ def rule_critic(path):
         raise UserError(f"{path} has no function critique(problem, attempt)")
 
     def ask(rollouts, messages):
-        return [parse_critique(critique(r.problem, r.text), r.problem.answer) for r in rollouts]
+        return [parse_critique(critique(r.problem, r.text), r) for r in rollouts]
 
     return ask
 
@@ -313,7 +377,7 @@ def cached(complete, identity):
         if set(failures) == set(messages):
             raise UserError(f"every critique failed: {failures[messages[0]].failure}")
         return [
-            failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r.problem.answer)
+            failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r)
             for r, m in zip(rollouts, messages, strict=True)
         ]
 

@@ -23,9 +23,9 @@ import runpy
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations, pairwise
+from itertools import accumulate, combinations, compress, pairwise
 from pathlib import Path
-from statistics import fmean, multimode
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -138,12 +138,12 @@ def intervals(values, names):
 
 def group_scores(attempts):
     """[Avg@k, Maj@k, Pass@k, mean length] of k attempts at a problem; ties share Maj's point."""
-    rewards = [a.reward for a in attempts]
-    answers = [critic.extract_answer(a.text) for a in attempts]
-    reward_of = dict(zip(answers, rewards, strict=True))
-    winners = [reward_of[answer] for answer in multimode(filter(None, answers))]
+    rewards = [100 * a.reward for a in attempts]
+    texts = [a.text for a in attempts]
+    votes = [sum(critic.is_correct(a, critic.last_answer(b)) for b in texts) for a in texts]
+    winners = compress(rewards, [count == max(votes) for count in votes])
     length = fmean(len(a.completion) for a in attempts)
-    return [100 * fmean(rewards), 100 * fmean(winners or [0]), 100 * max(rewards), length]
+    return [fmean(rewards), fmean(winners), max(rewards), length]
 
 
 def measure(label, subjects, problems, k, cfg):

@@ -33,23 +33,33 @@ Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollo
 N completion tokens in a micro-batch, no padding; n of them in a chunk; H hidden size; V vocabulary.
 """
 
-import argparse
 import hashlib
+import inspect
 import json
 import math
 import random
 import sys
+from argparse import SUPPRESS
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    logging,
+)
 
 import critic
 from critic import UserError, atomic_write, correction, first_difference, is_correct, parse_steps
@@ -106,12 +116,14 @@ class Rollout:
     completion: list[int]  # T token ids as sampled, with any end token; never re-tokenised
     text: str  # the completion, decoded; special tokens left out
     reward: float  # 1 right, 0 wrong
+    cut_off: bool = False  # max_new_tokens came before an end token
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
-    critic_failure: str = ""  # why there is no critique
+    feedback: critic.Critique = None  # the critique's measures or, if it failed, the reason
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
-    teacher_prompt: list[int] | None = None  # None: no usable context, so masked (not trained on)
+    teacher_prompt: list[int] | None = None  # its token ids
+    masked: str = ""  # why the rollout is not trained on, if it is not
     advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
 
 
@@ -127,7 +139,7 @@ def omit(r):
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
 # If it needs no critique, add it to NO_CRITIC. tests/toy/README.md lists the toy's words.
 CONTEXTS = {
-    "grpo": lambda r: "",  # not None, so every rollout is trained on; grpo's loss has no teacher
+    "grpo": None,  # no teacher, no context
     "reference": lambda r: r.problem.solution,
     "critique": lambda r: r.critique,
     "answer": lambda r: f"<answer>{r.problem.answer}</answer>",  # from here: ablations, controls
@@ -223,7 +235,8 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
         text = completion_text(model, tokenizer, completion)
         reward = float(is_correct(text, problem.answer))
-        rollouts.append(Rollout(problem, prompt, completion, text=text, reward=reward))
+        cut_off = completion[-1] not in model.generation_config.eos_token_id
+        rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten(), strict=True):
         rollout.group_advantage = advantage.item()
@@ -236,7 +249,7 @@ def ask_critic(rollouts, ask, group_size):
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
     # ask() returns a critic.Critique for each: a .py critic reads rollouts, a model reads messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
-        rollout.critique, rollout.critic_failure = critique.text, critique.failure
+        rollout.critique, rollout.feedback = critique.text, critique
     shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
     for rollout, other in zip(rollouts, shifted, strict=True):
         if other.problem != rollout.problem:  # a batch may repeat a problem, or hold only one
@@ -244,19 +257,20 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt, unless the context is None or the sequence too long."""
+    """Sets context and teacher_prompt or, where that is impossible, `masked`."""
     if rollout.critique is None and condition not in NO_CRITIC:
+        rollout.masked = f"no critique: {rollout.feedback.failure}"
         return
-    try:
-        context = CONTEXTS[condition](rollout)
-        if context is None:
-            return
-        message = solver_message(rollout.problem, context)
-    except Exception as error:
-        error.add_note(f"context {condition}: {getattr(CONTEXTS[condition], '__code__', '')}")
-        raise
-    prompt = encode_chats(tokenizer, [message], thinking)[0]
-    if len(prompt) + len(rollout.completion) <= tokenizer.model_max_length:  # see load_model
+    context = CONTEXTS[condition](rollout)
+    if context is None:
+        rollout.masked = "the context is None"
+        return
+    if not isinstance(context, str):
+        raise UserError(f"context {condition} must return str or None, got {context!r}")
+    prompt = encode_chats(tokenizer, [solver_message(rollout.problem, context)], thinking)[0]
+    if len(prompt) + len(rollout.completion) > tokenizer.model_max_length:  # see load_model
+        rollout.masked = f"longer than the model's {tokenizer.model_max_length} positions"
+    else:
         rollout.context, rollout.teacher_prompt = context, prompt
 
 
@@ -355,14 +369,38 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
 
 
 # ================================================================================ 7. training step
+def summarise(rollouts):
+    """Means over the rollouts, {metric: number}; without critiques, those of critiques are missing.
+
+    formatted: share with a closed <answer>. cut_off: share that max_new_tokens ended. The last
+    three tell a corrected copy of the attempt from another solution: see Critique.
+    """
+    critiques = [r.feedback for r in rollouts if r.critique]
+    corrections = [r.feedback for r in rollouts if r.critique and not r.reward]
+    measures = {
+        "reward": [r.reward for r in rollouts],
+        "length": [len(r.completion) for r in rollouts],
+        "formatted": [critic.last_answer(r.text) != "" for r in rollouts],
+        "cut_off": [r.cut_off for r in rollouts],
+        "masked": [r.masked != "" for r in rollouts],
+        "advantage": [a for r in rollouts for a in r.advantages],
+        "critic_failed": [r.feedback is not None and not r.critique for r in rollouts],
+        "aligned": [critique.aligned for critique in critiques],
+        "dropped": [critique.dropped for critique in critiques],
+        "step_changed": [critique.step_changed for critique in corrections],
+    }
+    return {name: fmean(values) for name, values in measures.items() if values}
+
+
 def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     """One update on the problems. Returns the rollouts, with their advantages, and the metrics."""
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
     if cfg.condition not in NO_CRITIC:
         ask_critic(rollouts, ask, cfg.group_size)
-    for rollout in rollouts:
-        give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
-    trained = [r for r in rollouts if r.teacher_prompt is not None]
+    if cfg.condition != "grpo":
+        for rollout in rollouts:
+            give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
+    trained = [r for r in rollouts if not r.masked]
     # A mean over all trained tokens of the step: the gradient does not depend on micro_batch.
     step_tokens = sum(len(r.completion) for r in trained)
     loss = 0.0
@@ -374,15 +412,8 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
         raise UserError(f"loss {loss}, gradient norm {grad_norm:g}: stopped; try a lower --lr")
     optimizer.step()  # without a rollout to train on, gradients are None and this does nothing
     optimizer.zero_grad()
-    return rollouts, {
-        "loss": loss,
-        "grad_norm": grad_norm.item(),
-        "reward": fmean(r.reward for r in rollouts),
-        "length": fmean(len(r.completion) for r in rollouts),
-        "advantage": fmean([a for r in rollouts for a in r.advantages] or [0]),
-        "masked": fmean(not r.advantages for r in rollouts),
-        "critic_failed": fmean(bool(r.critic_failure) for r in rollouts),
-    }
+    metrics = {"loss": loss, "grad_norm": grad_norm.item()} | summarise(rollouts)
+    return rollouts, metrics
 
 
 # ================================================================================ end of the lesson
@@ -396,17 +427,24 @@ def paint(text, advantage=0.0):
     return f"\x1b[97;48;5;{colour}m{text}\x1b[0m" if sys.stdout.isatty() else text
 
 
+def unknown_words(text, tokenizer):
+    words = dict.fromkeys(text.split())  # each once
+    return [word for word in words if tokenizer.unk_token_id in tokenizer.encode(word)]
+
+
 def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
-    if not rollout.context:  # nothing to mark
-        reason = rollout.critic_failure or "the context is None, empty or too long"
-        return tqdm.write(paint(f"attempt, no context ({reason}): {rollout.text}"))
+    if not rollout.context:  # nothing to mark: masked, or a condition without a context
+        reason = f" (not trained on: {rollout.masked})" * bool(rollout.masked)
+        return tqdm.write(paint(f"attempt{reason}: {rollout.text}"))
     tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
-    words = [w for w in rollout.context.split() if tokenizer.unk_token_id in tokenizer.encode(w)]
-    if words:
+    if rollout.critique:
+        aligned = f"{rollout.feedback.aligned:.0%} of the attempt's steps"
+        tqdm.write(f"aligned: the critique repeats {aligned} before it changes one")
+    if words := unknown_words(rollout.context, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
 
@@ -498,17 +536,18 @@ def open_critic(cfg, model, tokenizer):
 
 
 # Settings that may change on resume. On another kind of device the random draws differ.
-OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch"}
+OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch", "test_samples"}
 
 
 def open_run(argv):
     """Returns (settings, state) of a new run or, with --resume, of the last checkpoint in --out."""
     cfg = parse_args(argv)
     folder = Path(cfg.out)
-    if not cfg.resume:  # last.pt.new is left over if the first save was killed
-        if folder.exists() and any(f.name != "last.pt.new" for f in folder.iterdir()):
+    if not cfg.resume:  # a run that was killed before its first checkpoint leaves these files
+        leftovers = ("lock", "last.pt.")
+        if folder.exists() and any(not f.name.startswith(leftovers) for f in folder.iterdir()):
             raise UserError(f"{folder} is not empty: pass --resume, delete it or change --out")
-        return cfg, {"best_avg": -1.0, "metrics": [], "samples": []}
+        return cfg, {"best_avg": -1.0, "best_step": 0, "metrics": [], "samples": []}
     try:
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
         saved = run["settings"]
@@ -517,7 +556,9 @@ def open_run(argv):
     cfg = parse_args(argv, saved)  # a changed setting in argv is refused below
     for name, value in saved.items():
         flag, now = name.replace("_", "-"), getattr(cfg, name)
-        if now != value and name not in OVERRIDES:
+        longer = name == "steps" and now > value
+        moved = name == "critic" and value.startswith("http") and now.startswith("http")
+        if now != value and not (name in OVERRIDES or longer or moved):
             raise UserError(f"{folder} was started with --{flag} {value}, now {now}")
     cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
@@ -555,6 +596,7 @@ def draw_batches(problems, cfg):
 def prepare(cfg, run):
     """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
+    print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     decoder = model.get_decoder()
     linear = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
@@ -563,13 +605,23 @@ def prepare(cfg, run):
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
     if share < 0.9:  # the experts of a mixture are not nn.Linear
         print(f"adapters reach {share:.0%} of the weights")
-    messages = [solver_message(problem) for part in problems for problem in part]
-    longest = max(map(len, encode_chats(tokenizer, messages))) + cfg.max_new_tokens
+    texts = [problem for part in problems for problem in part]
+    prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
+    if any(tokenizer.unk_token_id in prompt for prompt in prompts):
+        words = unknown_words(" ".join(problem.problem for problem in texts), tokenizer)
+        said = " ".join(words[:20])
+        raise UserError(f"the model {cfg.model} does not know words of {cfg.data}: {said}")
+    if cfg.teacher_thinking:
+        silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
+        if silent == thinking:
+            raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")
+    longest = max(map(len, prompts)) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
-    identity = repr((model.fingerprint, problems))
+    rule = Path(cfg.critic).read_text() if cfg.critic.endswith(".py") else ""
+    identity = repr((model.fingerprint, problems, rule))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
-        raise UserError(f"cannot resume {cfg.out}: --model or --data has changed since it began")
+        raise UserError(f"cannot resume {cfg.out}: the model, data or rule has changed")
     return problems, model, tokenizer
 
 
@@ -582,10 +634,51 @@ def log_rollouts(rollouts, step, run, tokenizer):
         run["samples"].append({"step": step, "tokens": tokens} | asdict(rollout))
 
 
+def report_base(metrics, cfg):
+    """Prints how the base copes with the prompt, and what to change if it does not."""
+    shares = "Avg {:.1f}, {:.0f}% have a closed <answer>, {:.0f}% cut off at --max-new-tokens {}"
+    percent = [100 * metrics[name] for name in ("reward", "formatted", "cut_off")]
+    tqdm.write("base: " + shares.format(*percent, cfg.max_new_tokens))
+    if metrics["cut_off"] > 0.2:
+        tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
+    elif metrics["formatted"] < 0.6:
+        tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
+    if cfg.condition == "grpo" and metrics["reward"] == 0:
+        tqdm.write("WARNING: grpo has no right attempt to reinforce: take easier problems")
+
+
+def check_masked(rollouts, run, cfg):
+    """Says why a step trained on nothing. Ends a run whose first steps all did."""
+    rows = run["metrics"][1:]
+    if rows[-1]["masked"] < 1:
+        return
+    reasons = Counter(r.masked for r in rollouts).most_common()
+    said = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    tqdm.write(paint(f"step {len(rows)} trained on nothing: {said}"))
+    seen = len(rows) * len(rollouts)  # 16 are more than bad luck
+    if all(row["masked"] == 1 for row in rows) and (seen >= 16 or len(rows) == cfg.steps):
+        raise UserError(f"nothing to train on in {len(rows)} steps: {said}")
+
+
+def validate(model, tokenizer, problems, adapters, run, cfg):
+    """Adds val_avg to the last row of metrics. Keeps the adapters if they are the best."""
+    torch.manual_seed(1)  # the same random draws every time
+    rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
+    row, metrics = run["metrics"][-1], summarise(rollouts)
+    row["val_avg"] = 100 * metrics["reward"]
+    if row["step"] == 0:
+        report_base(metrics, cfg)
+    if row["val_avg"] > run["best_avg"]:
+        run |= {"best_avg": row["val_avg"], "best_step": row["step"]}
+        run["best_adapters"] = {k: v.clone() for k, v in adapters.state_dict().items()}
+
+
 def train(cfg, run):
     """Trains, resuming from the run's last checkpoint if any, and saves the best model."""
     (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
     ask = None if cfg.condition in NO_CRITIC else open_critic(cfg, model, tokenizer)
+    lock = FileLock(f"{cfg.out}/lock")  # of one process at a time; makes the folder, too
+    lock.acquire(timeout=0)
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
@@ -597,84 +690,102 @@ def train(cfg, run):
     bar = tqdm(total=cfg.steps, initial=max(first - 1, 0), desc=cfg.condition)
     try:
         for step, problems in enumerate(draw_batches(train_set, cfg)[first:], first):
-            row = {"step": step}
+            run["metrics"].append({"step": step})
             if problems:
                 torch.manual_seed(1_000_003 * cfg.seed + step)  # so no RNG state is saved
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
+                run["metrics"][-1] |= metrics
                 log_rollouts(rollouts, step, run, tokenizer)
-                row |= metrics
-                bar.set_postfix(loss=row["loss"], masked=row["masked"], best_avg=run["best_avg"])
+                check_masked(rollouts, run, cfg)
+                bar.set_postfix(
+                    loss=metrics["loss"], masked=metrics["masked"], best=run["best_avg"]
+                )
                 bar.update()
-            run["metrics"].append(row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
-                torch.manual_seed(1)  # the same random draws every time
-                rollouts = sample_rollouts(model, tokenizer, val_set, cfg.val_samples, cfg)
-                row["val_avg"] = 100 * fmean(r.reward for r in rollouts)
-                if row["val_avg"] > run["best_avg"]:
-                    run["best_avg"] = row["val_avg"]
-                    run["best_adapters"] = {k: v.clone() for k, v in adapters.state_dict().items()}
+                bar.set_postfix_str(f"validation of step {step}")
+                validate(model, tokenizer, val_set, adapters, run, cfg)
                 run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-                with atomic_write(f"{cfg.out}/last.pt") as file:  # makes the folder, too
+                with atomic_write(f"{cfg.out}/last.pt") as file:
                     torch.save(run | {"settings": vars(cfg)}, file)
             write_logs(run, cfg)
     finally:
         bar.close()
-        if "best_adapters" in run:
+        lock.release()
+        print(f"best: step {run['best_step']}, validation Avg {run['best_avg']:.1f}")
+        if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy
             adapters.load_state_dict(run["best_adapters"])
             save_merged(model, tokenizer, f"{cfg.out}/best")
 
 
+@dataclass
+class Settings:
+    condition: Literal[*CONTEXTS] = "critique"  # sets the context
+    seed: int = 0  # of adapters, problem order and sampling
+    out: str = None  # folder of the run [runs/CONDITION, or runs/CONDITION-SEED]
+    resume: bool = False  # go on from the last validation of the run in --out
+    # your own model, data and critic
+    model: str = str(TOY)  # model to train: folder or hub id of a chat model
+    data: str = None  # JSONL file, or folder of train, val and test.jsonl [the toy's]
+    critic: str = None  # rule (.py), model, or server (http://) [the toy's rule]
+    critic_model: str = None  # model name on the critic's server
+    critic_max_tokens: int = 4096  # longest critique
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Literal["float32", "bfloat16"] = None  # of frozen weights [bfloat16 on cuda]
+    # the method
+    teacher_thinking: bool = False  # enable_thinking in the teacher's prompt
+    steps: int = 70  # training steps
+    problems_per_step: int = 32
+    group_size: int = None  # rollouts per problem [8 in grpo, else 1]
+    lr: float = None  # learning rate [the toy's: 5e-4 in grpo, else 4e-3]
+    divergence: Literal[*DIVERGENCES] = "forward_kl"  # the loss
+    temperature: float = 1.0  # in sampling and scoring
+    max_new_tokens: int = None  # longest completion [the toy's: 64]
+    lora_rank: int = 64  # r, the adapters' rank
+    lora_alpha: float = 128.0  # α: scales adapters by α/r
+    max_grad_norm: float = 1.0  # clips the gradient's norm
+    eval_every: int = 10  # steps between validations
+    val_samples: int = 8  # samples per validation problem
+    test_samples: int = 12  # samples per test problem after training; 0: no test
+    # memory (of these, only gen_batch changes the samples)
+    gen_batch: int = 512  # rollouts sampled at once
+    micro_batch: int = 64  # rollouts scored at once
+    chunk: int = 256  # tokens whose logits are held at once
+    critic_batch: int = 8  # critiques written at once
+
+
 def parse_args(argv, defaults=None):
-    """The settings, one flag each. Raises UserError on an invalid value."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.description = __doc__.partition("The parts")[0]
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--condition", choices=CONTEXTS, default="critique", help="sets the context [%(default)s]")
-    add("--seed", type=int, default=0, help="of adapters, problem order and sampling [%(default)s]")
-    add("--out", help="folder of the run [runs/CONDITION, or runs/CONDITION-SEED]")
-    add("--resume", action="store_true", help="go on from the last validation of the run in --out")
-    add = parser.add_argument_group("your own model, data and critic").add_argument
-    add("--model", default=str(TOY), help="model to train: folder or hub id of a chat model [toy]")
-    add("--data", default=str(TOY), help="JSONL file, or folder of train, val and test.jsonl [toy]")
-    add("--critic", default=f"{TOY}/scribe.py", help="rule (.py), model, or server (http://) [toy]")
-    add("--critic-model", help="model name on the critic's server")
-    add("--critic-max-tokens", type=int, default=4096, help="longest critique [%(default)s]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--dtype", choices=["float32", "bfloat16"], help="frozen weights [bfloat16 on cuda]")
-    add = parser.add_argument_group("method").add_argument
-    add("--teacher-thinking", action="store_true", help="enable_thinking in the teacher's prompt")
-    add("--steps", type=int, default=70, help="training steps [%(default)s]")
-    add("--problems-per-step", type=int, default=32, help="problems in a step [%(default)s]")
-    add("--group-size", type=int, help="rollouts per problem [8 in grpo, else 1]")
-    add("--lr", type=float, help="learning rate [5e-4 in grpo, else 4e-3: for the toy]")
-    add("--divergence", choices=DIVERGENCES, default="forward_kl", help="the loss [%(default)s]")
-    add("--temperature", type=float, default=1.0, help="in sampling and scoring [%(default)s]")
-    add("--max-new-tokens", type=int, default=64, help="longest completion [%(default)s]")
-    add("--lora-rank", type=int, default=64, help="r, the adapters' rank [%(default)s]")
-    add("--lora-alpha", type=float, default=128.0, help="α: scales adapters by α/r [%(default)s]")
-    add("--max-grad-norm", type=float, default=1.0, help="clips the gradient's norm [%(default)s]")
-    add("--eval-every", type=int, default=10, help="steps between validations [%(default)s]")
-    add("--val-samples", type=int, default=8, help="samples per validation problem [%(default)s]")
-    add = parser.add_argument_group("memory (only gen-batch changes the samples)").add_argument
-    add("--gen-batch", type=int, default=512, help="rollouts sampled at once [%(default)s]")
-    add("--micro-batch", type=int, default=64, help="rollouts scored at once [%(default)s]")
-    add("--chunk", type=int, default=256, help="tokens whose logits are held at once [%(default)s]")
-    add("--critic-batch", type=int, default=8, help="critiques written at once [%(default)s]")
+    """The settings, one flag each: --val-samples is val_samples. Raises UserError."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.partition("The parts")[0] + inspect.getsource(Settings))
+        sys.exit()
+    parser = HfArgumentParser(Settings, usage=SUPPRESS, allow_abbrev=False)
     parser.set_defaults(**defaults or {})
     cfg = parser.parse_args(argv)
-    if not "".join(argv).isprintable():
-        raise UserError("an argument is not UTF-8 or holds a control character")
+    fill_in(cfg)
     for name, value in vars(cfg).items():
-        least = 0 if name == "seed" else 1e-12
+        least = 0 if name in ("seed", "test_samples") else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {value}: must be > 0 (seed >= 0) and below a million")
+            raise UserError(f"--{name.replace('_', '-')} is {value}: must be at least {least}")
+    return cfg
+
+
+def fill_in(cfg):
+    """Sets what depends on other settings. The toy's values are for the toy alone."""
+    own = {"data": str(TOY), "critic": f"{TOY}/scribe.py", "max_new_tokens": 64}
+    own["lr"] = 5e-4 if cfg.condition == "grpo" else 4e-3  # best on the toy's validation problems
+    if cfg.condition in NO_CRITIC:
+        cfg.critic = cfg.critic or own["critic"]
+    missing = [name for name in own if getattr(cfg, name) is None]
+    if missing and Path(cfg.model).resolve() != TOY:
+        flags = " ".join("--" + name.replace("_", "-") for name in missing)
+        start = "to start from: --max-new-tokens 512 --lr 1e-5"
+        raise UserError(f"--model {cfg.model} needs {flags}: the defaults are the toy's; {start}")
+    vars(cfg).update({name: own[name] for name in missing})
     cfg.out = cfg.out or f"runs/{cfg.condition}" + (f"-{cfg.seed}" if cfg.seed else "")
     cfg.dtype = cfg.dtype or ("bfloat16" if "cuda" in cfg.device else "float32")
     cfg.group_size = cfg.group_size or (8 if cfg.condition == "grpo" else 1)
-    cfg.lr = cfg.lr or (5e-4 if cfg.condition == "grpo" else 4e-3)  # best on the toy's validation
-    return cfg
+    if cfg.condition == "grpo" and cfg.group_size == 1:
+        raise UserError("--group-size 1: grpo compares the rollouts of a group, so it needs 2")
 
 
 @contextmanager
@@ -686,7 +797,7 @@ def command_line(program):
     try:
         yield
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
-        text = " ".join(paint(str(error)).split()) or "interrupted"
+        text = " ".join(paint(str(error)).split())[:300] or "interrupted"
         if isinstance(error, RuntimeError) and not ("allocate" in text or "out of memory" in text):
             raise  # a bug, unlike out of memory, which is a RuntimeError too
         print(f"\n{program}: {text}", file=sys.stderr)
@@ -698,9 +809,10 @@ def main(argv):
         cfg, run = open_run(argv)
         print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv)
         train(cfg, run)
-    import eval as test  # prints the table; imported here because it imports this file
+    if cfg.test_samples:
+        import eval as test  # prints the table; imported here because it imports this file
 
-    test.main([cfg.out, "--json", f"{cfg.out}/result.json"])
+        test.main([cfg.out, "--k", str(cfg.test_samples), "--json", f"{cfg.out}/result.json"])
 
 
 if __name__ == "__main__":

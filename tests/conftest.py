@@ -86,6 +86,7 @@ def small(tiny_folder, world):
     """Settings of a small run."""
     settings = {"model": tiny_folder, "data": world, "critic": TOY / "scribe.py", "device": "cpu"}
     settings |= {"steps": 4, "problems_per_step": 3, "max_new_tokens": 12, "lora_rank": 4}
+    settings["lr"] = 4e-3
     settings |= {"lora_alpha": 8, "eval_every": 2, "val_samples": 2}
     return settings
 
@@ -107,15 +108,20 @@ def tiny(make_config, tiny_folder):
 
 @pytest.fixture
 def run(small, capsys, monkeypatch):
-    """Runs main() in this process, without its test. Returns (exit status, stderr)."""
+    """Runs main() in this process, without its test. Returns (exit status, stderr).
+
+    Afterwards start.said is what it printed on stdout.
+    """
 
     def start(out, *more, **settings):
         capsys.readouterr()
+        status = 0
         try:
             sd.main(flags(small | {"out": out} | settings) + list(more))
-            return 0, capsys.readouterr().err
         except SystemExit as stop:
-            return stop.code, capsys.readouterr().err
+            status = stop.code
+        start.said, error = capsys.readouterr()
+        return status, error
 
     start.test = Mock()
     monkeypatch.setitem(sys.modules, "eval", start.test)

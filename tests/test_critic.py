@@ -18,29 +18,53 @@ import critic
 import sd
 from critic import Critique, Problem, UserError
 
-ROLLOUT = sd.Rollout(Problem("p", "s", "9"), [], [], "attempt", 0.0)
+ATTEMPT = "<step_1>x</step_1> <answer>8</answer>"
+ROLLOUT = sd.Rollout(Problem("p", "s", "9"), [], [], ATTEMPT, 0.0)
 # Values, each with other spellings of it: "value | spelling | spelling ; value | spelling".
 EQUAL = r"""
-1/2 | 0.5 | .5 | 0.50 | 50% | 50\% | 50 % | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 1 2 | 2/4
-1/2 | $\frac{1}{2}$ | \(\frac{1}{2}\) | \boxed{\frac{1}{2}} | \boxed{0.5}. | $\boxed{\dfrac{1}{2}}$
--1/2 | -\frac{1}{2} | \frac{-1}{2} | −0.5 ; 3/2 | 1 1/2 | 1\frac{1}{2} | 1\frac12 ; -3/2 | -1 1/2
-1234 | 1,234 | 1{,}234 | 1\,234 ; 1234567 | 1,234,567 ; 1234.5 | 1,234.50 ; 1000 | 10^3 ; A | (A)
-12 | $12 | \$12 | $12$ | $12.00 | €12 | 12 dollars ; -3 | −3 | - 3 ; 0 | -0 | 0.0 ; x+1 | x + 1
-3 | +3 | 3. | 3.0 | 003 | The answer is 3. | the final answer is: 3 | x = 3 | x=3. | \boxed{x = 3}
-3 | 3 apples | **3** | \boxed{\boxed{3}} ; 5 | 5\text{ cm} | 5 \mathrm{cm}^2 | 5 cm^2 | 5\,cm | 5kg
-5 | 5 m | 5 months | 5 square feet | 5 miles per hour ; 5 eggs | 5 Eggs ; 20 | 20 km/h ; 60 | 60%
-0.6 | 60% ; 90 | 90^\circ | 90^{\circ} | 90° ; x^2 | x^{2} ; x^2y | x^{2}y ; x \ge 3 | x \geq 3
-(1,2) | ( 1, 2 ) | \left(1, 2\right) | The answer is (1, 2). ; {1,2} | \{1,2\} | \boxed{\{1, 2\}}
-n(n+1)/2 | \frac{n(n+1)}{2} ; (x+1)/2 | \frac{x+1}{2} ; \sqrt{2} | \sqrt2 ; 1\\2 | 1 \\ 2 ; no | No
-\sqrt{3}/\sqrt{2} | \frac{\sqrt{3}}{\sqrt{2}} ; \pm3 | \pm 3 ; no solution | No solution.
+1/2 | 0.5 | .5 | 0.50 | 50% | 50\% | 50 % | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac 1 2
+1/2 | 2/4 ; 1/2 | $\frac{1}{2}$ | \(\frac{1}{2}\) | \boxed{\frac{1}{2}} | \boxed{0.5}.
+1/2 | $\boxed{\dfrac{1}{2}}$
+1/2 | \displaystyle\frac{1}{2} | ½ | 1/2 of the cake | \frac{1}{2} cup | $\frac{1}{2}$ cup
+2.5 | 2½ | 2 1/2 hours ; 1.5 | 150% ; -1/2 | -\frac{1}{2} | \frac{-1}{2} | −0.5
+3/2 | 1 1/2 | 1\frac{1}{2} | 1\frac12 ; -3/2 | -1 1/2 ; 1234 | 1,234 | 1{,}234 | 1\,234 | 1,\!234
+1234567 | 1,234,567 ; 1234.5 | 1,234.50 | $1,234.5 ; 1000 | 10^3 ; 1024 | 2^{10}
+300000 | 3 \times 10^5 | 3×10^{5} ; -5 | -$5 | $-5 | -\$5 | –5
+12 | $12 | \$12 | $12$ | $12.00 | €12 | 12 dollars | 12¢ | (12) | #### 12 | １２ | **Answer:** 12
+18 | $18 per day | She makes $18 every day. | USD 18 | $18/hour | 18 in total | 18 (apples)
+16 | 16 years old | 16 cups of flour | 16 square cm | 16 miles/hour | The total is 16.
+16 | Total = 16 ; 3 | +3 | 3. | 3.0 | 003 | The answer is 3. | the final answer is: 3 | x = 3 | x=3.
+3 | \boxed{x = 3} ; 3 | 3 apples | **3** | \boxed{\boxed{3}} | = 3 | x=\boxed{3} | f(2) = 3
+-3 | −3 | - 3 ; 0 | -0 | 0.0
+5 | 5\text{ cm} | 5 \mathrm{cm}^2 | 5 cm^2 | 5\,cm | 5kg | 5 m | 5 months | 5 square feet
+5 | 5 p.m. ; 5 eggs | 5 Eggs ; 20 | 20 km/h ; 60 | 60% ; 0.6 | 60%
+90 | 90^\circ | 90^{\circ} | 90° ; x+1 | x + 1 ; 1 hour | 1 hours ; 5 kg | 5 kilograms | 5kg
+60 percent | 60% ; $18 | 18 dollars | 18$ ; 5:30 | 5:30 PM ; x^2 | x^{2} | x² ; x^2y | x^{2}y
+x \ge 3 | x \geq 3 | x≥3 | x >= 3 ; A | (A) | A) | Option A | \text{(A)}
+(1,2) | ( 1, 2 ) | (1 , 2) | \left(1, 2\right) | The answer is (1, 2). | (x, y) = (1,2)
+(1,2) | (1,2) only ; {1,2} | \{1,2\} | \boxed{\{1, 2\}} ; 69,84 | $69$,$84$ ; [0,7] | x \in [0, 7]
+\pm3 | \pm 3 | ±3 ; 10-4n | 10-4 n ; \frac{1}{2n+2} | \frac{1}{2 n+2} | 1/(2n+2)
+\cos(2x) | \cos (2 x) ; y=-3x+8 | y = - 3 x + 8 | -3x+8
+5\pi | 5π | 5 pi | 5\pi cm^2 | 5\pi square units ; \sqrt{13} | √13 ; n(n+1)/2 | \frac{n(n+1)}{2}
+(x+1)/2 | \frac{x+1}{2} ; \sqrt{2} | \sqrt2 | √2 | sqrt(2) ; no | No
+\sqrt{3}/\sqrt{2} | \frac{\sqrt{3}}{\sqrt{2}} ; no solution | No solution. ; 1\\2 | 1 \\ 2
+10:45 am | 10:45 AM
 """
 UNEQUAL = r"""
-1/2 | 1/3 ; 0.5 | 50 | 5 ; 1 | 1/0 | x+1 | 1 cm^2/s ; 12 | 12 - 5 ; 1234 | 12,34 | 1, 234 ; 23 | 2*3
-3 | -3 | 2x | ٣ | 0x3 | 1 2 | 3h | 3abc | 3 hours 20 minutes | negative 3 | 3 thirds ; 1/3 | 0.333
-5 | \boxed{}5 | __import__('os') | 5 million | 5 Million | 5\,000 ; x + y = 10 | x - y = 10 | 10
-0 | 2x+1=0 ; 25 | x^2+y^2=25 ; x=7, y=2 | x=1, y=2 ; x <= 3 | x >= 3 | 3 ; -2 | x=3 or x=-2 ; X | x
-(1,2) | (2,1) ; x^2y | x^{2y} ; 5 kg | 5 m ; 2 or 1/2 | 5/2 ; x = 5 | y = 5 ; x^20 | x^{2}0
-13/4 | 1(3)/4 ; 1/23 | \frac123 ; 1/2x | 1/(2x) ; (x+1)/2 | x+1/2 ; 10 | 10^2 ; \rightarrow | arrow
+1/2 | 1/3 ; 0.5 | 50 | 5 ; 1 | 1/0 | x+1 | 1 in 4 ; 12 | 12 - 5 | 1 2 ; 1234 | 12,34 | 1, 234
+23 | 2*3
+3 | -3 | 2x | ٣ | 0x3 | 1 2 | 3h | 3abc | 3 hours 20 minutes | 3 hours 32 minutes | negative 3
+3 | 3 thirds ; 5 | \boxed{}5 | __import__('os') | 5 million | 5 Million | 5\,000
+x + y = 10 | x - y = 10 | 10
+5 | 5 times | 5 doubled | 5 pairs of socks | 5 negative | twice 5 | not 5 | isn't 5 | 5 or 6
+5 | 5 and a half
+5 | 5 xy | 5 x | 5 sin x | ln 5 | 5k | 5 dozen eggs | 5 squared | square root of 5 | more than 5
+5 | 5 to 6 | 5² ; $5 | 5 cents | €5 ; 0.6 | 0.6% | 6% ; 60 | 0.6 | 60x ; 5 cm | 5 m | 5 cm^2
+20 apples | 20 oranges ; 0 | 2x+1=0 ; 25 | x^2+y^2=25 ; x=7, y=2 | x=1, y=2 ; x <= 3 | x >= 3 | 3
+-2 | x=3 or x=-2 ; X | x ; (1,2) | (2,1) ; x^2y | x^{2y} ; 5 kg | 5 m | 5 g ; 2 or 1/2 | 5/2
+x = 5 | y = 5 ; x^20 | x^{2}0 | x2 ; 13/4 | 1(3)/4 ; 1/23 | \frac123 ; 1/2x | 1/(2x)
+(x+1)/2 | x+1/2 ; 10 | 10^2 ; \rightarrow | arrow ; 1/3 | 0.333 ; 35 | 3\boxed{5} ; 9/16 | 3/4^2
+1/4 | 45¼ ; \sqrt{2}+1 | √(2+1) | \sqrt{3} ; \pi | 3.14
 """
 
 
@@ -64,8 +88,8 @@ def test_other_values_do_not_agree(one, other):
 
 
 def test_the_last_answer_in_tags_counts_by_its_value():
-    texts = ["<answer>0.5</answer>", r"<answer>4</answer><answer>$\frac12$</answer>"]
-    assert critic.extract_answer(texts[0]) == critic.extract_answer(texts[1])
+    assert critic.is_correct(r"<answer>4</answer><answer>$\frac12$</answer>", "0.5")
+    assert graded("12\u202f345", "12345")  # a narrow space
     for text in "", "3", r"\boxed{3}", "<answer>3", "<step_1>3</step_1>", "<answer></answer>":
         assert not critic.is_correct(text, "3") and not critic.is_correct(text, "$")
 
@@ -84,25 +108,70 @@ def test_steps_are_parsed_and_compared():
     for text, found in {
         "<step_1>a</step_1> x <answer>b</answer>": [("step_1", "a"), ("answer", "b")],
         "<step_1><step_2>b</step_2></step_1>": [("step_2", "b")],
-        "<step_1>a</step_2></step_1><step_99999>a</step_99999>": [],
+        "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
+        "<answer>a</step_1> <step_1>b</answer> <step_2>c": [],
+        "<think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
+            ("step_3", "b")
+        ],
+        "<answer>a</answer> <think>maybe <answer>b</answer>? No, wait": [("answer", "a")],
     }.items():
         steps = critic.parse_steps(text)
         assert [(s.name, s.text) for s in steps] == found
-        assert all(text[s.start : s.end] == f"<{s.name}>{s.text}</{s.name}>" for s in steps)
+        assert all(text[s.start : s.end].startswith(f"<{s.name}>{s.text}</") for s in steps)
     attempts = [tagged("abc"), "<step_1> a\n</step_1>", tagged("axx"), tagged("abcd")]
     wrong = [critic.first_difference(attempt, tagged("abc")) for attempt in attempts]
     assert wrong[:2] == [None, None] and [s.name for s in wrong[2:]] == ["step_2", "step_4"]
 
 
-def test_a_critique_is_the_tagged_part_of_a_walk_to_the_right_answer():
-    for walk in [
+def parse(reply, attempt="", answer="9"):
+    return critic.parse_critique(
+        reply, replace(ROLLOUT, text=attempt, problem=Problem("p", "s", answer))
+    )
+
+
+def test_a_critique_is_the_last_walk_to_the_right_answer():
+    for reply in [
+        WALK,
         f"Step 2 was wrong!\n{WALK} Well done.",  # comments never reach the teacher
         f"<think>hm</think>{tagged('xx')}</think>{WALK}",  # after the last </think>
+        f"Student's attempt: {tagged('xxx', '8')} Corrected attempt: {WALK}",
+        f"[THINK]{tagged('a', '9')}[/THINK]{WALK}",
+        f"{tagged('ax', '8')} Wait, step 2 is wrong. {WALK[WALK.index('<step_2>') :]}",
+        f"{WALK} <think> Or else {tagged('xx')}?",
     ]:
-        assert critic.parse_critique(walk, "9") == Critique(WALK)
-    for bad in f"{WALK}</think>", None, "<step_1>a</step_1>", "<answer>9</answer>":
-        assert critic.parse_critique(bad, "9") == Critique(None, "no steps or no answer")
-    assert critic.parse_critique(tagged("ab", "8"), "9") == Critique(None, "wrong answer")
+        assert parse(reply, WALK).text == WALK, reply
+    for bad in (
+        f"{WALK}</think>",
+        None,
+        "<step_1>a</step_1>",
+        "<answer>9</answer>",
+        f"<think>{WALK}",
+    ):
+        assert parse(bad) == Critique(None, "no steps or no answer", bad or "")
+    assert parse(tagged("ab", "8")) == Critique(None, "wrong answer", tagged("ab", "8"))
+    assert parse(f"{'x' * 300}</think>{WALK}{'y' * len(WALK)}", WALK).dropped == 0.5
+
+
+SPACED = "<step_1>a  b</step_2>\n<step_2>\n  c\n</step_2>\n\n<answer>8</answer>\n"
+ALIGNED = [  # attempt, critic's reply, what the teacher sees
+    (WALK.replace(" ", "\n"), WALK, WALK.replace(" ", "\n")),  # right: repeated, gaps included
+    (WALK, WALK.replace(" ", "\n"), WALK),
+    (  # verbatim up to the change, then the same white space, inside the tags too
+        SPACED,
+        "<step_1>a b</step_1> <step_2>d</step_2> <step_3>e</step_3> <answer>9</answer>",
+        "<step_1>a  b</step_2>\n<step_2>\n  d\n</step_2>\n\n<step_3>e</step_3>"
+        "\n\n<answer>9</answer>",
+    ),
+    ("<step_1>a</step_1>\n\n<step_2>b", WALK, WALK.replace(" ", "\n\n")),  # unfinished
+    ("Sure! <step_1>a</step_1>\tSo <answer>8</answer>", WALK, WALK.replace(" ", "\t")),
+    ("<step_1>x</step_1><answer>8</answer>", WALK, WALK.replace(" ", "")),
+    ("It is 9", WALK, WALK.replace(" ", "\n")),  # the form that sd.SOLVE shows
+]
+
+
+@pytest.mark.parametrize("attempt, reply, critique", ALIGNED)
+def test_a_critique_has_the_attempts_white_space(attempt, reply, critique):
+    assert parse(reply, attempt).text == critique
 
 
 # ------------------------------------------------------------------------ what models may write
@@ -119,7 +188,8 @@ def read(text):
     rollout = replace(ROLLOUT, text=text, critique=WALK + text)
     critic.is_correct(text, "9")
     critic.is_correct("<answer>9</answer>", text)
-    critic.parse_critique(text, text)
+    critic.parse_critique(text, replace(ROLLOUT, text=text))
+    critic.parse_critique(WALK + text, rollout)
     sd.CONTEXTS["quote"](rollout)
     sd.CONTEXTS["omit"](rollout)
     assert sd.paint(text, -9.0).isprintable()
@@ -339,7 +409,7 @@ def test_a_message_is_answered_once_for_all_critics_of_one_identity(monkeypatch,
 def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_config, monkeypatch):
     """With the solver's own weights it answers as the base, however far the student has come."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(critic, "parse_critique", lambda text, answer: Critique(text))
+    monkeypatch.setattr(critic, "parse_critique", lambda text, rollout: Critique(text))
     ends = [1, *range(4, 80)]  # so that some answers end
     for seed, name in enumerate(["solver", "other"]):
         save_model(name, byte_tokenizer(), ends=ends, seed=seed, max_position_embeddings=48)

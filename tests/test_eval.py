@@ -51,6 +51,8 @@ def test_pass_maj_and_avg_of_one_problem():
     assert scores("11", "3", "4", "4") == [25, 0, 100, 4]
     assert scores("11", "3", "2", None) == [25, 100 / 3, 100, 4]  # three answers tie
     assert scores(None, None, None, "11.0") == [25, 100, 100, 4]  # no answer is no vote
+    one_value = ["11 apples", "11", "11 m"]  # counted apart, 9 would win
+    assert scores(*one_value, "9", "9") == [60, 100, 100, 4] and scores(None) == [0, 0, 0, 4]
 
 
 def test_rows_of_the_table(make_config):

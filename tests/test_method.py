@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 import critic
 import sd
-from critic import Critique, Problem
+from critic import Critique, Problem, UserError
 
 PROBLEM = Problem("3*7+8*4", "<step_1>sum</step_1> <answer>53</answer>", "53")
 WALK = "<step_1>a</step_1> <step_2>b</step_2> <answer>53</answer>"
@@ -28,16 +28,27 @@ ALL = "Step 1 is correct. Step 2 is correct. Answer is correct. Every step is co
 QUOTED = [  # attempt, what quote and omit say of it
     (WRONG, f"{WRONG} {SAID}", f"Step 1 is correct. {SAID}"),
     (WALK, f"{WALK} Every step is correct.", ALL),
-    ("It is 9", "It is 9 There are no tagged steps.", "There are no tagged steps."),
+    ("It is 9", "It is 9 Correct: <step_1>a</step_1>", "Correct: <step_1>a</step_1>"),
+    (  # right, but a step is missing
+        "<step_1>a</step_1> <answer>53</answer>",
+        "<step_1>a</step_1> <answer>53</answer> Correct: <step_2>b</step_2>",
+        "Step 1 is correct. Correct: <step_2>b</step_2>",
+    ),
+    (  # unfinished
+        "<step_1>a</step_1> <step_2>",
+        "<step_1>a</step_1> <step_2> Correct: <step_2>b</step_2>",
+        "Step 1 is correct. Correct: <step_2>b</step_2>",
+    ),
 ]
 
 
 @pytest.mark.parametrize("attempt, quote, omit", QUOTED)
 def test_what_every_context_says(attempt, quote, omit):
     rollout = sd.Rollout(PROBLEM, [], [], attempt, 0.0, critique=WALK, other_critique="other")
-    said = {"grpo": "", "reference": PROBLEM.solution, "critique": WALK, "shuffled": "other"}
+    said = {"reference": PROBLEM.solution, "critique": WALK, "shuffled": "other"}
     said |= {"answer": "<answer>53</answer>", "empty": "", "quote": quote, "omit": omit}
     assert {name: sd.CONTEXTS[name](rollout) for name in said} == said
+    assert sd.CONTEXTS.keys() == said.keys() | {"grpo"}
 
 
 def test_student_and_teacher_prompts_literally():
@@ -71,6 +82,18 @@ def test_control_tokens_spelled_in_a_text_stay_text():
     assert " ".join(asked.split()).endswith(told.format(word))
 
 
+def test_the_teacher_of_a_right_attempt_reads_its_very_tokens():
+    """One space for a newline, and at each step boundary the teacher contradicts the student."""
+    tokenizer, attempt = byte_tokenizer(), WALK.replace(" ", "\n")
+    completion = tokenizer.encode(attempt, add_special_tokens=False)
+    rollout = sd.Rollout(PROBLEM, [], completion, attempt, 1.0)
+    ask = Mock(return_value=[critic.parse_critique(f"All is right. {WALK}", rollout)])
+    sd.ask_critic([rollout], ask, 1)
+    sd.give_context(rollout, "critique", tokenizer, False)
+    prompt, length = rollout.teacher_prompt, len(completion)
+    assert any(prompt[n : n + length] == completion for n in range(len(prompt)))
+
+
 def sampled(tiny, problems, cfg):
     """A step's rollouts, with contexts."""
     torch.manual_seed(1)
@@ -98,15 +121,13 @@ def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, mak
     for before, r in zip(free, sampled(tiny, problems[:4], cfg), strict=True):
         fits = len(before.teacher_prompt) + len(before.completion) <= sorted(lengths)[1]
         assert r.teacher_prompt == (before.teacher_prompt if fits else None)
-        assert r.context == (before.context if fits else None)
+        assert r.context == (before.context if fits else None) and fits == (r.masked == "")
 
 
-def test_a_context_that_raises_is_named_with_its_line(monkeypatch):
-    for broken in (lambda r: r.no_such_thing), (lambda: "no argument"), (lambda r: 42):
-        monkeypatch.setitem(sd.CONTEXTS, "empty", broken)
-        with pytest.raises((AttributeError, TypeError)) as raised:
-            sd.give_context(sd.Rollout(PROBLEM, [], [], "", 0.0), "empty", None, False)
-        assert str(broken.__code__) in raised.value.__notes__[0]
+def test_a_context_of_another_type_is_refused(monkeypatch):
+    monkeypatch.setitem(sd.CONTEXTS, "empty", lambda r: ["a"])
+    with pytest.raises(UserError, match=r"context empty must return str or None, got \['a'\]"):
+        sd.give_context(sd.Rollout(PROBLEM, [], [], "", 0.0), "empty", None, False)
 
 
 def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
@@ -224,7 +245,8 @@ def test_a_steps_gradient_against_plain_autograd(divergence, step):
     loss = total / len(advantages)
     torch.testing.assert_close(moved, gradient_of(loss, adapters), atol=1e-5, rtol=1e-3)
     expected = {"loss": loss.item(), "grad_norm": moved.norm().item(), "length": 11 / 4}
-    expected |= {"reward": 1 / 4, "masked": 1 / 4, "critic_failed": 1 / 4}
+    expected |= {"reward": 1 / 4, "masked": 1 / 4, "critic_failed": 1 / 4, "formatted": 0}
+    expected |= {"cut_off": 1 / 2, "aligned": 0, "step_changed": 1, "dropped": 0}  # no steps
     expected["advantage"] = sum(advantages) / len(advantages)
     assert metrics == pytest.approx(expected, rel=1e-3) and not rollouts[0].advantages
 
@@ -249,7 +271,8 @@ def test_the_critic_is_asked_only_where_the_context_needs_it(condition, step, mo
     ask, give = Mock(side_effect=SCRIBE), Mock(wraps=sd.give_context)
     monkeypatch.setattr(sd, "give_context", give)
     step(ask, condition=condition, teacher_thinking=True)
-    assert ask.called == (condition not in sd.NO_CRITIC) and give.call_args.args[3]
+    assert ask.called == (condition not in sd.NO_CRITIC)
+    assert give.called == (condition != "grpo") and (not give.called or give.call_args.args[3])
 
 
 @pytest.mark.parametrize("condition", ["critique", "shuffled", "grpo"])

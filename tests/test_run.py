@@ -7,14 +7,18 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
 from conftest import flags, read_lines
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -30,7 +34,8 @@ FORKS.set_forkserver_preload(["tests.conftest"])
 
 def files_of(folder):
     names = "metrics.jsonl", "samples.jsonl", "config.json", BEST
-    return {name: (folder / name).read_bytes().replace(bytes(folder), b"") for name in names}
+    files = [folder / name for name in names if (folder / name).exists()]  # best/ may be missing
+    return {file.name: file.read_bytes().replace(bytes(folder), b"") for file in files}
 
 
 @pytest.fixture
@@ -53,10 +58,10 @@ def scores(monkeypatch):
 
 # ------------------------------------------------------------------------ what a run leaves
 @pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "empty", "quote"])
-def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, monkeypatch):
+def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores, monkeypatch):
     monkeypatch.setitem(sd.CONTEXTS, "quote", lambda r: f"<answer>{r.critique[-12]}</answer>")
-    out = tmp_path / "run"
-    assert run(out, condition=condition)[0] == 0
+    out, scores[:] = tmp_path / "run", [0, 5, 3]
+    assert run(out, condition=condition, test_samples=3)[0] == 0
     metrics = read_lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "val_avg" in m] == [0, 2, 4]
@@ -65,9 +70,12 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, monkeyp
     assert [s["step"] for s in samples] == [n for n in (1, 2, 3, 4) for _ in range(3)]
     assert all(len(s["tokens"]) == len(s["completion"]) == len(s["advantages"]) for s in samples)
     config = json.loads((out / "config.json").read_text())
-    assert (config["condition"], config["lr"]) == (condition, 5e-4 if condition == "grpo" else 4e-3)
+    assert (config["condition"], config["lr"]) == (condition, 4e-3)
     AutoModelForCausalLM.from_pretrained(out / "best")
-    assert not list(out.rglob("*.new")) and run.test.main.call_args.args[0][0] == str(out)
+    assert not list(out.rglob("*.new"))
+    assert run.test.main.call_args.args[0][:3] == [str(out), "--k", "3"]
+    assert run(tmp_path / "again", condition=condition, test_samples=0)[0] == 0
+    assert run.test.main.call_count == 1 and not (tmp_path / "again/best").exists()  # the base is
 
 
 def test_every_problem_once_an_epoch_and_new_draws_a_step(run, tmp_path, problems, monkeypatch):
@@ -109,12 +117,76 @@ def test_best_is_the_first_best_step_merged_in_fp32(run, tmp_path, tiny_folder, 
         assert 1e-7 < moved < 1e-4 if "_proj" in name else moved == 0  # in bf16, 0 or 1e-3
 
 
+# ------------------------------------------------------------------------ nothing is silent
+NOTHING = {  # a condition that cannot be trained on -> the reason that is given
+    "critique": "3 x no critique: no steps or no answer",
+    "answer": "3 x the context is None",
+    "empty": "3 x the context is None",  # in NO_CRITIC, but it uses the critique
+    "reference": "[1-3] x longer than the model's 256 positions",
+}
+
+
+@pytest.mark.parametrize("condition", NOTHING)
+def test_a_run_that_trains_on_nothing_stops_and_says_why(condition, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sd.CONTEXTS, "answer", lambda r: None)
+    monkeypatch.setitem(sd.CONTEXTS, "empty", lambda r: r.critique)
+    monkeypatch.setitem(sd.CONTEXTS, "reference", lambda r: "1 " * 300)
+    reason, rule = NOTHING[condition], tmp_path / "rule.py"
+    rule.write_text("def critique(problem, attempt):\n    return 'It is wrong.'\n")
+    settings = {"condition": condition, "critic": rule}
+    status, error = run(tmp_path / "run", **settings)
+    assert status == 2 and re.search(f"nothing to train on in 4 steps: {reason}", error)
+    assert re.search(f"step 1 trained on nothing: {reason}", run.said)
+    assert "in 6 steps" in run(tmp_path / "long", steps=9, **settings)[1]  # 18 are no accident
+
+
+def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
+    rule = tmp_path / "rule.py"
+    lines = (sd.TOY / "scribe.py").read_text() + "\nright, calls = critique, []\n"
+    lines += "def critique(problem, attempt):\n    calls.append(1)\n"
+    rule.write_text(lines + "    return right(problem, attempt) if len(calls) > 1 else 'cut o'\n")
+    assert run(tmp_path / "run", critic=rule, problems_per_step=1)[0] == 0
+    assert "step 1 trained on nothing: 1 x no critique" in run.said
+    masked = [m["masked"] for m in read_lines(tmp_path / "run/metrics.jsonl")[1:]]
+    [first, *_] = read_lines(tmp_path / "run/samples.jsonl")
+    assert masked == [1, 0, 0, 0] and first["feedback"]["reply"] == "cut o"
+
+
+def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp_path, capsys):
+    run(tmp_path / "run", condition="grpo", steps=1)
+    row = "base: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% cut off at --max-new-tokens 12\n"
+    assert re.search(f"{row}WARNING: .* raise --max-new-tokens\nWARNING: grpo has no", run.said)
+    shares = {"reward": 0.1, "formatted": 0.5, "cut_off": 0.1}
+    sd.report_base(shares, sd.parse_args([]))
+    assert "change SOLVE" in capsys.readouterr().out
+    sd.report_base(shares | {"formatted": 0.8}, sd.parse_args([]))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path, world):
+    own = ["--model", "some/model", "--data", "all.jsonl"]
+    with pytest.raises(critic.UserError, match="needs --critic --max-new-tokens --lr"):
+        sd.parse_args(own)
+    with pytest.raises(critic.UserError, match="needs --data --lr: the defaults are the toy's"):
+        sd.parse_args([*own[:2], "--condition", "grpo", "--max-new-tokens", "9"])
+    assert sd.parse_args([*own, "--condition=grpo", "--lr=1", "--max-new-tokens=9"]).critic
+    assert [sd.parse_args(["--condition", c]).lr for c in ("grpo", "critique")] == [5e-4, 4e-3]
+    data = tmp_path / "data.jsonl"
+    row = {"solution": "5", "answer": "5"}
+    rows = [json.dumps(row | {"problem": f"How many of {n}?"}) for n in range(20)]
+    data.write_text("\n".join(rows))
+    status, error = run(tmp_path / "run", data=data)
+    assert status == 2 and "does not know words of" in error and ": How many" in error
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------ interrupted and killed
 def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     run, world, tmp_path, scores, monkeypatch
 ):
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = {"condition": "reference", "lr": 0.05, "micro_batch": 2}
+    settings["critic"] = str(shutil.copy(sd.TOY / "scribe.py", tmp_path))
     scores[:] = [0, 5, 3]
     run(whole, **settings)
     # Ctrl-C after the checkpoint of step 2, and after step 3 was logged.
@@ -132,17 +204,23 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
 
     before = (out / "last.pt").read_bytes()
     assert is_refused("is not empty")
-    assert is_refused("was started with --steps 4, now 70", "--resume", "--steps", "70")
-    content = (world / "train.jsonl").read_text()
-    (world / "train.jsonl").write_text(content.replace("8", "7", 1))
-    assert is_refused("--model or --data has changed", "--resume")
-    (world / "train.jsonl").write_text(content)
+    assert is_refused("was started with --steps 4, now 3", "--resume", "--steps", "3")
+    assert is_refused("was started with --critic", "--resume", "--critic", "http://127.0.0.1/v1")
+    for file in world / "train.jsonl", Path(settings["critic"]):
+        content = file.read_text()
+        file.write_text(content.replace("8", "7", 1))
+        assert is_refused("the model, data or rule has changed", "--resume")
+        file.write_text(content)
+    with FileLock(out / "lock"):
+        assert is_refused("lock", "--resume")
     step.side_effect = None
     assert (out / "last.pt").read_bytes() == before
     for scores[:] in [3], []:  # the second time it is finished, and writes the same again
         out = out.rename(tmp_path / f"moved-{len(scores)}")
         sd.main(["--resume", "--out", str(out), "--device", "cpu"])
         assert files_of(out) == files_of(whole)
+    sd.main(["--resume", "--out", str(out), "--steps", "6"])  # a longer run is no other run
+    assert [m["step"] for m in read_lines(out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def die_at(n):
@@ -222,8 +300,10 @@ def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path):
 BAD = {  # flags -> what is said
     "--condition praise": "argument --condition: invalid choice: 'praise'",
     "--lr nan": "--lr is nan",
-    "--seed 9999999999 --out a\x1b": "control character",
+    "--seed 9999999999": "--seed is 9999999999",
+    "--condition grpo --group-size 1": "--group-size 1: grpo compares",
     "--device abacus": "abacus",
+    "--teacher-thinking": "no thinking mode",
     "--critic /no/such/rule.py": "/no/such/rule.py",
 }
 
