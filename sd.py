@@ -69,8 +69,13 @@ TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems a
 
 # ================================================================================ prompts
 SOLVE = """\
-Solve the problem step by step. Write each step in tags of its own, <step_1>...</step_1>, \
-<step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."""
+Solve the problem below. Write your whole reply in this form, with as many steps as needed:
+
+<step_1>...</step_1>
+<step_2>...</step_2>
+<answer>...</answer>
+
+Begin with <step_1> and write nothing outside the tags."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Rewrite the
