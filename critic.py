@@ -281,7 +281,7 @@ def cache_file(kind, identity):
     return Path("runs/.cache") / f"{kind}-{key[:32]}.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Critique:
     text: str | None  # the corrected attempt; None if the critic failed
     failure: str = ""  # why it failed
