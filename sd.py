@@ -53,13 +53,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    logging,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers.utils import logging
 
 import critic
 from critic import UserError, atomic_write, correction, first_difference, is_correct, parse_steps
@@ -374,6 +369,30 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
 
 
 # ================================================================================ 7. training step
+def train_step(model, tokenizer, optimizer, problems, ask, cfg):
+    """One update on the problems. Returns the rollouts, with their advantages, and its metrics."""
+    rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
+    if cfg.condition not in NO_CRITIC:
+        ask_critic(rollouts, ask, cfg.group_size)
+    if cfg.condition != "grpo":
+        for rollout in rollouts:
+            give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
+    trained = [r for r in rollouts if not r.masked]
+    # A mean over all trained tokens of the step: the gradient does not depend on micro_batch.
+    step_tokens = sum(len(r.completion) for r in trained)
+    loss = 0.0
+    for start in range(0, len(trained), cfg.micro_batch):
+        batch = trained[start : start + cfg.micro_batch]
+        loss += accumulate_gradients(model, batch, step_tokens, cfg)
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
+    if not math.isfinite(loss + grad_norm):
+        raise UserError(f"loss {loss}, gradient norm {grad_norm:g}: stopped; try a lower --lr")
+    optimizer.step()  # without a rollout to train on, gradients are None and this does nothing
+    optimizer.zero_grad()
+    return rollouts, {"loss": loss, "grad_norm": grad_norm.item()}
+
+
+# ================================================================================ end of the lesson
 def summarise(rollouts):
     """Means over the rollouts, {metric: number}; without critiques, those of critiques are missing.
 
@@ -397,31 +416,6 @@ def summarise(rollouts):
     return {name: fmean(values) for name, values in measures.items() if values}
 
 
-def train_step(model, tokenizer, optimizer, problems, ask, cfg):
-    """One update on the problems. Returns the rollouts, with their advantages, and the metrics."""
-    rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
-    if cfg.condition not in NO_CRITIC:
-        ask_critic(rollouts, ask, cfg.group_size)
-    if cfg.condition != "grpo":
-        for rollout in rollouts:
-            give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)
-    trained = [r for r in rollouts if not r.masked]
-    # A mean over all trained tokens of the step: the gradient does not depend on micro_batch.
-    step_tokens = sum(len(r.completion) for r in trained)
-    loss = 0.0
-    for start in range(0, len(trained), cfg.micro_batch):
-        batch = trained[start : start + cfg.micro_batch]
-        loss += accumulate_gradients(model, batch, step_tokens, cfg)
-    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
-    if not math.isfinite(loss + grad_norm):
-        raise UserError(f"loss {loss}, gradient norm {grad_norm:g}: stopped; try a lower --lr")
-    optimizer.step()  # without a rollout to train on, gradients are None and this does nothing
-    optimizer.zero_grad()
-    metrics = {"loss": loss, "grad_norm": grad_norm.item()} | summarise(rollouts)
-    return rollouts, metrics
-
-
-# ================================================================================ end of the lesson
 def paint(text, advantage=0.0):
     """The text for a terminal. If |A_t| >= 1, A_t follows, on blue (keep) or orange (change)."""
     text = "".join(c if c.isprintable() else " " for c in text)  # no control codes from a model
@@ -606,20 +600,20 @@ def prepare(cfg, run):
     decoder = model.get_decoder()
     linear = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
     share = linear / decoder.num_parameters(exclude_embeddings=True)
-    if not share:
+    print(
+        f"adapters reach {share:.0%} of its weights"
+    )  # the experts of a mixture are not nn.Linear
+    if not linear:
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
-    if share < 0.9:  # the experts of a mixture are not nn.Linear
-        print(f"adapters reach {share:.0%} of the weights")
     texts = [problem for part in problems for problem in part]
     prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
-    if any(tokenizer.unk_token_id in prompt for prompt in prompts):
-        words = unknown_words(" ".join(problem.problem for problem in texts), tokenizer)
-        said = " ".join(words[:20])
-        raise UserError(f"the model {cfg.model} does not know words of {cfg.data}: {said}")
-    if cfg.teacher_thinking:
-        silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
-        if silent == thinking:
-            raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")
+    for problem, prompt in zip(texts, prompts, strict=True):
+        if tokenizer.unk_token_id in prompt:
+            words = " ".join(unknown_words(problem.problem, tokenizer))
+            raise UserError(f"{cfg.data} has words that {cfg.model} does not know: {words}")
+    silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
+    if cfg.teacher_thinking and silent == thinking:
+        raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")
     longest = max(map(len, prompts)) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
@@ -648,8 +642,8 @@ def report_base(metrics, cfg):
         tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
     elif metrics["formatted"] < 0.6:
         tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
-    if cfg.condition == "grpo" and metrics["reward"] == 0:
-        tqdm.write("WARNING: grpo has no right attempt to reinforce: take easier problems")
+    if metrics["reward"] == 0:
+        tqdm.write("WARNING: no attempt is right; grpo needs some: take easier problems")
 
 
 def check_masked(rollouts, run, cfg):
@@ -699,7 +693,7 @@ def train(cfg, run):
             if problems:
                 torch.manual_seed(1_000_003 * cfg.seed + step)  # so no RNG state is saved
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
-                run["metrics"][-1] |= metrics
+                run["metrics"][-1] |= metrics | summarise(rollouts)
                 log_rollouts(rollouts, step, run, tokenizer)
                 check_masked(rollouts, run, cfg)
                 bar.set_postfix(

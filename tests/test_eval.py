@@ -180,7 +180,9 @@ def test_what_a_model_wrote_cannot_change_the_page(make_config):
     def page(text):
         a = attempt_of(text, problem=Problem(text, text, text), ends=[0, 1, len(text)], reward=0.0)
         a.advantages, a.context, a.critique = [-1.0, 2.0], text, text
-        curves = ev.learning_curves({text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]})
+        curves = ev.learning_curves(
+            {text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]}
+        )
         table = ev.table(text, [text], {text: {text: text}})
         return ev.page(table, curves, [ev.example([text], [a], [text])])
 

@@ -191,6 +191,7 @@ def step(tiny_folder, make_config, problems, monkeypatch):
         before = copy.deepcopy((model, adapters))
         optimizer = torch.optim.SGD(adapters, lr=1.0)
         rollouts, metrics = sd.train_step(model, tokenizer, optimizer, problems[:4], ask, cfg)
+        metrics |= sd.summarise(rollouts)
         assert [r.completion for r in rollouts[-4:]] == COMPLETIONS
         moved = [(b - p).detach().flatten() for b, p in zip(before[1], adapters, strict=True)]
         return torch.cat(moved), rollouts, metrics, before
