@@ -104,7 +104,7 @@ def test_a_text_keeps_special_tokens_and_drops_the_end_token(tmp_path):
 def test_a_prompt_does_not_change_overnight_and_has_either_thinking_switch(monkeypatch):
     tokenizer = byte_tokenizer()
     date = "{%- macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro -%} {{ today() }}"
-    tokenizer.chat_template = date + "{% if thinking %}hm{% endif %}" + tokenizer.chat_template
+    tokenizer.chat_template = date + "{% if thinking %}hm{% endif %}{{ messages[0].content }}"
     prompts = []
     for year in (2030, 2031):
         clock = Mock(now=lambda year=year: datetime(year, 1, 1))
