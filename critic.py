@@ -20,7 +20,7 @@ from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from huggingface_hub import InferenceClient, get_session
+from huggingface_hub import get_session
 from tqdm import tqdm
 
 
@@ -35,12 +35,15 @@ def atomic_write(path):
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    new = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")  # processes share the caches
+    try:
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ================================================================================ problems
@@ -178,8 +181,8 @@ def align(walk, attempt):
 
 # ================================================================================ answers
 # An answer is a value with a label: "x=5", "She pays $5", "5\pi square cm", "5 apples in total".
-# The value has a digit or a command. It has a space only in 1 1/2 or after a comma.
-VALUE = r"(?:-?[0-9]+ (?=[0-9]+/))?(?=[^ ]*[0-9\\])(?:[^ ]|(?<=,) )+"
+# The value has a digit or a command. It has a space only in 1 1/2.
+VALUE = r"(?:-?[0-9]+ (?=[0-9]+/))?(?=[^ ]*[0-9\\])[^ ]+"
 VARIABLE = r"[A-Za-z]?(?:\([a-z0-9, ]+\))?(?:=|\\in\b)"  # x=, f(x)=, (x,y)=, x\in
 # The word after the value has three letters or is one of these: "3 x" and "3 xy" are values.
 UNIT = r"(?:[ckm]?[mgl]|[hs]|hr|ft|in|lbs?|oz|[ap]m|of|is|[a-z.]{3,})(?:/[a-z]+)?(?:\^[23])?"
@@ -188,7 +191,7 @@ CHANGES = r"hundred|thousand|[a-z]*illion|dozen|pair|hal[fv]|quarter|two\b|three
 CHANGES += r"|seven|eigh|nin[et]|tens\b|tenth|twe|thir[dt]|twice|doubl|tripl|times\b|squared|cubed"
 CHANGES += r"|root|factorial|minus|plus|negative|not\b|[a-z]+n't|never|or\b|than\b|below|repeat"
 LABELLED = rf"(?!.*(?<![\\a-z])(?:{CHANGES}))({VARIABLE}|(?:[A-Za-z'.]+ )*[a-z'.]{{2,}}[ =])?"
-LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+(?:\^[23])?)*)?"
+LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+)*)?"
 # Sign, whole part of a mixed number, number (3/4; 1,234.50; 12, .5 or 3e5), power.
 NUMBER = r"\+?(-?)(?:([0-9]+) (?=[0-9]+/))?([0-9]+/[1-9][0-9]*(?!\^)|[0-9]{1,3}(?:,[0-9]{3})+"
 NUMBER += r"(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+(?:e-?[0-9]{1,2})?)(?:\^([0-9]{1,2}))?"
@@ -215,7 +218,6 @@ RULES = r"""
 ^\(?([^(),]+)\)$ → \1
 \(([A-Za-z␣]{3,})\) → ␣\1
 (?<=[0-9])(?=(?:[ckm][mgl]|ft|[ap]m|lbs?|mph)\b) → ␣
-(?<=[a-z0-9])/(?=[a-z]{3}) → ␣per␣
 (?<=[0-9])\\(?:times|cdot)␣?10\^(-?[0-9]{1,2})\b → e\1
 \\sqrt␣?(?:\((\w+)\)|([0-9]+|[a-z])) → \\sqrt{\1\2}
 (\\frac(?:\{[^{}]*\})?)␣?(\w) → \1{\2}
@@ -279,7 +281,7 @@ def cache_file(kind, identity):
     return Path("runs/.cache") / f"{kind}-{key[:32]}.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Critique:
     text: str | None  # the corrected attempt; None if the critic failed
     failure: str = ""  # why it failed
@@ -323,59 +325,86 @@ def rule_critic(path):
     return ask
 
 
+def request(client, url, read, body=None):
+    """read() of a server's JSON, or (None, failure). Raises UserError if the key is refused."""
+    key = {"Authorization": f"Bearer {os.environ.get('CRITIC_API_KEY', 'none')}"}
+    for pause in (1, 2, 4, 8, 16, 32, None):  # seconds before the next try
+        status, reply = 0, ""
+        try:
+            response = client.request("POST" if body else "GET", url, json=body, headers=key)
+            status, reply = response.status_code, f"HTTP {response.status_code}: {response.text}"
+            if status == 200:
+                return read(response.json())
+        except Exception as error:  # transport and format errors of several libraries
+            reply = reply or repr(error)
+        failure = f"{url}: {' '.join(reply.split())[:300]}"  # servers give reasons in many shapes
+        if status in (401, 403):
+            raise UserError(f"set CRITIC_API_KEY: {failure}")
+        passing = status in (0, 408, 429) or status >= 500
+        if not passing or pause is None or "ReadTimeout" in failure:  # waited long enough
+            return None, failure
+        time.sleep(pause)
+
+
+def read_completion(reply):
+    """(text, failure). The content may be a list of parts, in which thinking has no text."""
+    choice = reply["choices"][0]
+    text, reason = choice["message"].get("content") or "", choice["finish_reason"]
+    if not isinstance(text, str):
+        text = "".join(part.get("text", "") for part in text)
+    return text, "" if reason == "stop" else f"finish_reason {reason}"
+
+
 def server_critic(cfg):
-    """The critic on an OpenAI-compatible server. Raises UserError if it refuses the key."""
-    if not re.fullmatch(r"https?://([\w.-]+|\[[\w:]+\])(:[1-6]?[0-9]{1,4})?(/.*)?", cfg.critic):
-        raise UserError(f"--critic {cfg.critic} is not a URL such as http://HOST:PORT/v1")
-    # With no key the client would send the user's Hugging Face token to this server.
-    key = os.environ.get("CRITIC_API_KEY", "none")
-    client = InferenceClient(base_url=cfg.critic, api_key=key, timeout=600)  # seconds without data
-    get_session().follow_redirects = False  # a redirect could take the prompts to another host
+    """The critic on an OpenAI-compatible server. Sets cfg.critic_model if the server has one."""
+    url = cfg.critic.rstrip("/")
+    # The hub's client is an httpx.Client. A new one follows no redirects and sends no hub token.
+    client = type(get_session())(timeout=(10, 600, 600, None))  # connect, read, write, queue: s
+    if not cfg.critic_model:
+        models, failure = request(
+            client, f"{url}/models", lambda reply: ([model["id"] for model in reply["data"]], "")
+        )
+        if failure or len(models) != 1:
+            raise UserError(f"set --critic-model; {failure or f'{url} offers {models}'[:1000]}")
+        cfg.critic_model = models[0]
     options = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
 
     def ask_server(message):
-        for pause in (1, 2, 4, 8, 16, None):  # seconds before the next try
-            try:
-                chat = client.chat_completion([{"role": "user", "content": message}], **options)
-                choice = chat.choices[0]
-                return choice.message.content, "cut off" if choice.finish_reason == "length" else ""
-            except Exception as error:  # transport, protocol and format errors of several libraries
-                response = getattr(error, "response", None)
-                status = getattr(response, "status_code", 0)
-                failure = f"HTTP {status}" if status else f"no usable answer: {error}"
-                malformed = isinstance(error, (ValueError, LookupError, TypeError, AttributeError))
-            if status in (401, 403):
-                raise UserError(f"{cfg.critic} refuses the key ({failure}): set CRITIC_API_KEY")
-            if malformed or pause is None or (400 <= status < 500 and status not in (408, 429)):
-                return "", failure
-            wanted = response.headers.get("Retry-After", "") if status else ""
-            time.sleep(min(int(wanted), 60) if wanted.isdigit() else pause)
+        nonlocal options
+        body = options | {"messages": [{"role": "user", "content": message}]}
+        text, failure = request(client, f"{url}/chat/completions", read_completion, body)
+        refused = re.search("nsupported.*(max_tokens|temperature)", failure)
+        if refused and "temperature" in body:  # by OpenAI's reasoning models
+            options = {"model": cfg.critic_model, "max_completion_tokens": cfg.critic_max_tokens}
+            return ask_server(message)
+        return text, failure
 
     def complete(messages):
         with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
             yield from pool.imap(ask_server, messages)
 
-    return cached(complete, [cfg.critic, cfg.critic_model, cfg.critic_max_tokens])
+    return cached(complete, [url, cfg.critic_model, cfg.critic_max_tokens])
 
 
 def cached(complete, identity):
-    """A critic from complete(messages), which yields (text, failure). Keeps texts in files."""
+    """A critic from complete(messages), which yields (text, failure); no reply is a text None."""
 
     def cache_path(message):
         return cache_file("critic", [identity, message])
 
     def ask(rollouts, messages):
         new = [message for message in dict.fromkeys(messages) if not cache_path(message).exists()]
-        answers = tqdm(complete(new), "critic", len(new), leave=False, disable=not new)
-        failures = {}
-        for message, (text, failure) in zip(new, answers, strict=True):
+        replies = tqdm(complete(new), "critic", len(new), leave=False) if new else []
+        failures, lost = {}, 0
+        for message, (text, failure) in zip(new, replies, strict=True):
+            lost += text is None
             if failure or not text:
-                failures[message] = Critique(None, failure or "empty reply")
+                failures[message] = Critique(None, failure or "empty reply", text or "")
                 continue
             with atomic_write(cache_path(message)) as file:
                 file.write(text.encode("utf-8", "replace"))
-        if set(failures) == set(messages):
-            raise UserError(f"every critique failed: {failures[messages[0]].failure}")
+        if 0 < lost == len(set(messages)):
+            raise UserError(failure)
         return [
             failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r)
             for r, m in zip(rollouts, messages, strict=True)

@@ -69,8 +69,13 @@ TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems a
 
 # ================================================================================ prompts
 SOLVE = """\
-Solve the problem step by step. Write each step in tags of its own, <step_1>...</step_1>, \
-<step_2>...</step_2> and so on, and then the final answer in <answer>...</answer>."""
+Solve the problem below. Write your whole reply in this form, with as many steps as needed:
+
+<step_1>...</step_1>
+<step_2>...</step_2>
+<answer>...</answer>
+
+Begin with <step_1> and write nothing outside the tags."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Rewrite the
@@ -119,7 +124,7 @@ class Rollout:
     cut_off: bool = False  # max_new_tokens came before an end token
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
-    feedback: critic.Critique = None  # the critique's measures or, if it failed, the reason
+    feedback: critic.Critique = critic.Critique(None)  # its measures or, if it failed, the reason
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
@@ -384,7 +389,7 @@ def summarise(rollouts):
         "cut_off": [r.cut_off for r in rollouts],
         "masked": [r.masked != "" for r in rollouts],
         "advantage": [a for r in rollouts for a in r.advantages],
-        "critic_failed": [r.feedback is not None and not r.critique for r in rollouts],
+        "critic_failed": [r.feedback.failure != "" for r in rollouts],
         "aligned": [critique.aligned for critique in critiques],
         "dropped": [critique.dropped for critique in critiques],
         "step_changed": [critique.step_changed for critique in corrections],

@@ -22,7 +22,6 @@ The folder then holds the model, its tokenizer, and train, val and test.jsonl.
 """
 
 import argparse
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -36,38 +35,19 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
+from problems import draw_problems, draw_terms, make_problem, write_problems  # noqa: E402
 from scribe import OWN, REFERENCE, join_steps, judge, work_out  # noqa: E402
 
 import sd  # noqa: E402
 from critic import Problem  # noqa: E402
 
-PROBLEMS = {"train": 300, "val": 50, "test": 100}
+PLAIN = {"text": "{}", "gap": " "}  # a problem is the sum alone
 FOLLOW, SLIP = 0.9, 0.1
 STEPS, WARM_UP, BATCH, LEARNING_RATE = 45, 10, 8, 1e-4
 
 
-# ================================================================================ problems
-def draw_terms(rng: random.Random, args) -> list[int]:
-    return [rng.randrange(10 ** (args.digits - 1), 10**args.digits) for _ in range(args.terms)]
-
-
 def solve(terms: list[int], way: str, add=sum) -> str:
     return join_steps(*work_out((terms, []), way, add))
-
-
-def make_problem(terms: list[int]) -> Problem:
-    text = " + ".join(map(str, terms))
-    return Problem(text, solution=solve(terms, REFERENCE), answer=str(sum(terms)))
-
-
-def draw_problems(args) -> dict[str, list[Problem]]:
-    """The three sets, without duplicates and the same for every seed."""
-    rng, problems = random.Random("problems"), {}
-    while len(problems) < sum(PROBLEMS.values()):
-        problem = make_problem(draw_terms(rng, args))
-        problems[problem.problem] = problem
-    rest = iter(problems.values())
-    return {name: [next(rest) for _ in range(n)] for name, n in PROBLEMS.items()}
 
 
 # ================================================================================ fine-tuning
@@ -101,7 +81,7 @@ def draw_sample(rng: random.Random, args, with_context: bool) -> Sample:
         value = sum(operands)
         return change_digit(rng, value) if next(number) == wrong else value
 
-    problem, response = make_problem(terms), solve(terms, way, add)
+    problem, response = make_problem(terms, **PLAIN), solve(terms, way, add)
     return Sample(problem, context, response, [span for span in judge(problem, response) if span])
 
 
@@ -168,9 +148,7 @@ def main() -> None:
         fine_tune(model, tokenizer, args)
         model.to(torch.bfloat16).save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
-        for name, problems in draw_problems(args).items():
-            lines = [json.dumps(vars(problem)) + "\n" for problem in problems]
-            (args.out / f"{name}.jsonl").write_text("".join(lines))
+        write_problems(draw_problems(args, **PLAIN), args.out)
 
 
 if __name__ == "__main__":

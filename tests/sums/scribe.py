@@ -20,10 +20,9 @@ STEP = re.compile(r"\s*(add (?:10*s|all): )?[0-9]{1,99}(?: \+ [0-9]{1,99})+ = [0
 
 
 def read_problem(text: str) -> list[int]:
-    """The terms of `34 + 57 + 86`. Empty if the text is no problem of this task."""
-    if not re.fullmatch(r"[1-9][0-9]{0,98}( \+ [1-9][0-9]{0,98})+", text):
-        return []
-    return [int(term) for term in text.split(" + ")]
+    """The terms of the first sum in the text, such as `34 + 57 + 86`. Empty if there is none."""
+    sums = re.search(r"\b[1-9][0-9]{0,98}( \+ [1-9][0-9]{0,98})+", text)
+    return [int(term) for term in sums[0].split(" + ")] if sums else []
 
 
 def read_step(text: str) -> tuple[str, list[re.Match]] | None:
@@ -115,9 +114,9 @@ def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
     return verdicts
 
 
-def join_steps(texts: list[str], answer: int) -> str:
+def join_steps(texts: list[str], answer: int, gap: str = " ") -> str:
     tagged = [f"<step_{n}>{text}</step_{n}>" for n, text in enumerate(texts, 1)]
-    return " ".join([*tagged, f"<answer>{answer}</answer>"])
+    return gap.join([*tagged, f"<answer>{answer}</answer>"])
 
 
 def critique(problem, attempt: str) -> str | None:
