@@ -454,7 +454,7 @@ def scoring_error(model, tokenizer, prompts):
     Prompts of different lengths are padded left in generation, and right in scoring.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 2, "output_scores": True, "return_dict_in_generate": True}
     output = model.generate(**batch.to(model.device), **options)
     completions = output.sequences[:, max(map(len, prompts)) :].tolist()
     sampled = torch.stack(output.scores, 1).flatten(0, 1).log_softmax(-1)  # [N, V]
@@ -496,7 +496,7 @@ def load_model(name, device, dtype):
             tokenizer.pad_token_id = end_ids[0]
         # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
         model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
-        error = scoring_error(model, tokenizer, [first[-2:], second[-6:]])
+        error = scoring_error(model, tokenizer, [first[-2:], second[-5:]])
         # Rounding is at most 1e-4 in float32, about 0.1 in bfloat16; a wrong formula, over 0.01.
         if not error < (1e-3 if dtype == "float32" else 0.3):  # or NaN
             raise UserError(f"we would score it wrongly: its log-probs differ by {error:.2g} nats")
