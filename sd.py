@@ -114,7 +114,7 @@ class Rollout:
     problem: critic.Problem  # .problem, .solution (the reference) and .answer, all strings
     prompt: list[int]  # P token ids
     completion: list[int]  # T token ids as sampled, with any end token; never re-tokenised
-    text: str  # the completion, decoded; special tokens left out
+    text: str  # the completion, decoded, without end token
     reward: float  # 1 right, 0 wrong
     cut_off: bool = False  # max_new_tokens came before an end token
     group_advantage: float = 0.0  # A_i, used by grpo alone
@@ -427,8 +427,8 @@ def paint(text, advantage=0.0):
 
 
 def unknown_words(text, tokenizer):
-    words = dict.fromkeys(text.split())  # each once
-    return [word for word in words if tokenizer.unk_token_id in tokenizer.encode(word)]
+    encoded = {word: tokenizer.encode(word, add_special_tokens=False) for word in text.split()}
+    return [word for word, ids in encoded.items() if tokenizer.unk_token_id in ids]
 
 
 def show(rollout, tokens, tokenizer):
@@ -607,10 +607,9 @@ def prepare(cfg, run):
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
     texts = [problem for part in problems for problem in part]
     prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
-    for problem, prompt in zip(texts, prompts, strict=True):
-        if tokenizer.unk_token_id in prompt:
-            words = " ".join(unknown_words(problem.problem, tokenizer))
-            raise UserError(f"{cfg.data} has words that {cfg.model} does not know: {words}")
+    for problem in texts:
+        if words := unknown_words(problem.problem, tokenizer):
+            raise UserError(f"{cfg.data}: the model {cfg.model} does not know {' '.join(words)}")
     silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
     if cfg.teacher_thinking and silent == thinking:
         raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")
