@@ -64,13 +64,13 @@ TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems a
 
 # ================================================================================ prompts
 SOLVE = """\
-Solve the problem below. Write your whole reply in this form, with as many steps as needed:
+Solve the problem below. Write your whole reply in this form, with a step for each calculation:
 
 <step_1>...</step_1>
 <step_2>...</step_2>
 <answer>...</answer>
 
-Begin with <step_1> and write nothing outside the tags."""
+The answer is a number or expression alone. Begin with <step_1> and write nothing outside the tags."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Rewrite the
