@@ -70,7 +70,8 @@ Solve the problem below. Write your whole reply in this form, with a step for ea
 <step_2>...</step_2>
 <answer>...</answer>
 
-The answer is a number or expression alone. Begin with <step_1> and write nothing outside the tags."""
+The answer is a number or expression alone. Begin with <step_1> and write nothing outside \
+the tags."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
 Below are a problem, its reference solution, its right answer, and a student's attempt. Rewrite the
@@ -600,9 +601,7 @@ def prepare(cfg, run):
     decoder = model.get_decoder()
     linear = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
     share = linear / decoder.num_parameters(exclude_embeddings=True)
-    print(
-        f"adapters reach {share:.0%} of its weights"
-    )  # the experts of a mixture are not nn.Linear
+    print(f"adapters reach {share:.0%} of its weights")  # not the experts of most mixtures
     if not linear:
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
     texts = [problem for part in problems for problem in part]
@@ -695,9 +694,7 @@ def train(cfg, run):
                 run["metrics"][-1] |= metrics | summarise(rollouts)
                 log_rollouts(rollouts, step, run, tokenizer)
                 check_masked(rollouts, run, cfg)
-                bar.set_postfix(
-                    loss=metrics["loss"], masked=metrics["masked"], best=run["best_avg"]
-                )
+                bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
                 bar.update()
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 bar.set_postfix_str(f"validation of step {step}")
@@ -709,7 +706,10 @@ def train(cfg, run):
     finally:
         bar.close()
         lock.release()
-        print(f"best: step {run['best_step']}, validation Avg {run['best_avg']:.1f}")
+        last = run["metrics"][-1].get("val_avg", math.nan)
+        print(
+            f"best: step {run['best_step']}, validation Avg {run['best_avg']:.1f}; last: {last:.1f}"
+        )
         if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy
             adapters.load_state_dict(run["best_adapters"])
             save_merged(model, tokenizer, f"{cfg.out}/best")
@@ -763,7 +763,9 @@ def parse_args(argv, defaults=None):
     for name, value in vars(cfg).items():
         least = 0 if name in ("seed", "test_samples") else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: must be at least {least}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}: must be at least {least:g} and below 10^6"
+            )
     return cfg
 
 
