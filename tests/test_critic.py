@@ -525,24 +525,24 @@ def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_co
     """With the solver's own weights it answers as the base, however far the student has come."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(critic, "parse_critique", lambda text, rollout: Critique(text))
-    ends = [1, *range(4, 80)]  # so that some answers end
-    for seed, name in enumerate(["solver", "other"]):
+    ends = [1, *range(4, 60)]  # so that some answers end
+    for seed, name in (2, "solver"), (3, "other"):  # not the same at temperature 0.01
         save_model(name, byte_tokenizer(), ends=ends, seed=seed, max_position_embeddings=48)
-    for name in "solver", "other":
         cfg = make_config(critic=name, model="solver", critic_max_tokens=6)
         messages, expected = ["What?", "Which one of the two?", "Why?", "Who is it?", "When?"], []
         plain, tokenizer = sd.load_model(name, "cpu", "float32")
         for message in messages:
             [ids] = sd.encode_chats(tokenizer, [message])
             row = plain.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :].tolist()
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            usable = row[-1] in ends and len(ids + row) <= 48
-            expected.append(Critique(text) if usable else Critique(None, "cut off", text))
-        assert expected[0].text and not expected[3].text  # which ended, but beyond the positions
+            text = tokenizer.decode(row[:-1] if row[-1] in ends else row)
+            usable = row[-1] in ends and len(ids + row) <= 48  # the second ends, but beyond them
+            failure = ("" if text else "empty reply") if usable else "cut off"
+            expected.append(Critique(None, failure, text) if failure else Critique(text))
+        assert {"", "cut off"} <= {critique.failure for critique in expected}
         model, tokenizer = sd.load_model("solver", "cpu", "float32")
         ask = sd.open_critic(cfg, model, tokenizer)
         for adapter in sd.add_adapters(model, 4, 8.0):
             adapter.data.add_(0.5)
-        for usable in messages, [m for m, e in zip(messages, expected, strict=True) if e.text]:
-            wanted = [expected[messages.index(m)] for m in usable]  # the second time from files
-            assert ask([ROLLOUT] * len(usable), usable) == wanted and sd.LoRALinear.enabled
+        assert ask([ROLLOUT] * 5, messages) == expected and sd.LoRALinear.enabled
+        usable = {m: e for m, e in zip(messages, expected, strict=True) if e.text}
+        assert ask([ROLLOUT] * len(usable), [*usable]) == [*usable.values()]  # from the cache
