@@ -181,8 +181,8 @@ def align(walk, attempt):
 
 # ================================================================================ answers
 # An answer is a value with a label: "x=5", "She pays $5", "5\pi square cm", "5 apples in total".
-# The value has a digit or a command. It has a space only in 1 1/2 or after a comma.
-VALUE = r"(?:-?[0-9]+ (?=[0-9]+/))?(?=[^ ]*[0-9\\])(?:[^ ]|(?<=,) )+"
+# The value has a digit or a command. It has a space only in 1 1/2.
+VALUE = r"(?:-?[0-9]+ (?=[0-9]+/))?(?=[^ ]*[0-9\\])[^ ]+"
 VARIABLE = r"[A-Za-z]?(?:\([a-z0-9, ]+\))?(?:=|\\in\b)"  # x=, f(x)=, (x,y)=, x\in
 # The word after the value has three letters or is one of these: "3 x" and "3 xy" are values.
 UNIT = r"(?:[ckm]?[mgl]|[hs]|hr|ft|in|lbs?|oz|[ap]m|of|is|[a-z.]{3,})(?:/[a-z]+)?(?:\^[23])?"
@@ -191,7 +191,7 @@ CHANGES = r"hundred|thousand|[a-z]*illion|dozen|pair|hal[fv]|quarter|two\b|three
 CHANGES += r"|seven|eigh|nin[et]|tens\b|tenth|twe|thir[dt]|twice|doubl|tripl|times\b|squared|cubed"
 CHANGES += r"|root|factorial|minus|plus|negative|not\b|[a-z]+n't|never|or\b|than\b|below|repeat"
 LABELLED = rf"(?!.*(?<![\\a-z])(?:{CHANGES}))({VARIABLE}|(?:[A-Za-z'.]+ )*[a-z'.]{{2,}}[ =])?"
-LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+(?:\^[23])?)*)?"
+LABELLED += rf"({VALUE})( {UNIT}(?: [A-Za-z'./]+)*)?"
 # Sign, whole part of a mixed number, number (3/4; 1,234.50; 12, .5 or 3e5), power.
 NUMBER = r"\+?(-?)(?:([0-9]+) (?=[0-9]+/))?([0-9]+/[1-9][0-9]*(?!\^)|[0-9]{1,3}(?:,[0-9]{3})+"
 NUMBER += r"(?:\.[0-9]+)?|(?:[0-9]*\.)?[0-9]+(?:e-?[0-9]{1,2})?)(?:\^([0-9]{1,2}))?"
@@ -218,7 +218,6 @@ RULES = r"""
 ^\(?([^(),]+)\)$ → \1
 \(([A-Za-z␣]{3,})\) → ␣\1
 (?<=[0-9])(?=(?:[ckm][mgl]|ft|[ap]m|lbs?|mph)\b) → ␣
-(?<=[a-z0-9])/(?=[a-z]{3}) → ␣per␣
 (?<=[0-9])\\(?:times|cdot)␣?10\^(-?[0-9]{1,2})\b → e\1
 \\sqrt␣?(?:\((\w+)\)|([0-9]+|[a-z])) → \\sqrt{\1\2}
 (\\frac(?:\{[^{}]*\})?)␣?(\w) → \1{\2}
@@ -282,7 +281,7 @@ def cache_file(kind, identity):
     return Path("runs/.cache") / f"{kind}-{key[:32]}.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Critique:
     text: str | None  # the corrected attempt; None if the critic failed
     failure: str = ""  # why it failed

@@ -39,46 +39,78 @@ KINDS = ["right step", "wrong value", "rest of wrong step", "answer"]
 PLACES = ["before wrong step", "in wrong step", "after wrong step"]
 SETTINGS = ["temperature", "max_new_tokens", "gen_batch", "micro_batch", "device", "dtype"]
 SETTINGS += ["critic", "seed"]
+CRITIC_METRICS = ["critic_failed", "aligned", "step_changed", "dropped"]
 
 
 # ================================================================================ runs and models
 @dataclass
 class Subject:
-    model: str  # folder or hub id of the weights; a run's best checkpoint
+    name: str  # folder of a run or model, or a hub id
+    model: str  # where its weights are; for a run, those of its best checkpoint
     base: str  # the teacher: the model a run started from, or the plain model itself
     cfg: object = None  # runs only: the settings
     curve: dict = None  # runs only: {step: validation Avg}
 
     def load(self, cfg):
         """(model, tokenizer). A run's checkpoint is loaded as it was saved, in fp32."""
-        return sd.load_model(self.model, cfg.device, "float32" if self.cfg else cfg.dtype)
+        dtype = cfg.dtype if self.model == self.base else "float32"
+        return sd.load_model(self.model, cfg.device, dtype)
 
 
 def open_subject(name):
     """The Subject of a run's folder, a model's folder or a hub id."""
     folder = Path(name)
-    if folder.parent.name == "runs" and not folder.exists():
-        runs = sorted(str(file.parent) for file in folder.parent.glob("*/config.json"))
-        raise UserError(f"no run {name}; existing runs: {', '.join(runs) or 'none'}")
+    if not (folder / "config.json").exists() and (folder.is_dir() or folder.parent.name == "runs"):
+        parent = folder if folder.is_dir() else folder.parent
+        runs = sorted(str(file.parent) for file in parent.glob("*/config.json"))
+        raise UserError(f"{name} is no run; runs in {parent}: {' '.join(runs) or 'none'}")
     if not (folder / "metrics.jsonl").exists():
-        return Subject(name, name)
+        return Subject(name, name, name)
     try:
         cfg = sd.parse_args([], json.loads((folder / "config.json").read_text()))
         lines = map(json.loads, (folder / "metrics.jsonl").open())
         curve = {line["step"]: line["val_avg"] for line in lines if "val_avg" in line}
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{name}: config.json or metrics.jsonl is broken: {error!r}") from None
-    return Subject(f"{name}/best", cfg.model, cfg=cfg, curve=curve)
+    best = (
+        f"{name}/best" if (folder / "best").exists() else cfg.model
+    )  # no checkpoint beat the base
+    return Subject(name, best, cfg.model, cfg=cfg, curve=curve)
+
+
+def check_comparable(runs, args):
+    """Raises UserError if the runs differ in what is the same for all in a table."""
+    for setting in ("model",) if args.data else ("model", "data"):
+        values = {str(getattr(run.cfg, setting)) for run in runs}
+        if len(values) > 1:
+            raise UserError(f"cannot compare runs of different --{setting}: {', '.join(values)}")
+
+
+def describe_training(rows):
+    """How long each row's runs were trained, with a warning if that differs."""
+    lines, budgets = [], set()
+    for label, runs in rows.items():
+        if cfg := runs[0].cfg:
+            last = ", ".join(str(max(run.curve)) for run in runs)
+            best = ", ".join(str(max(run.curve, key=run.curve.get)) for run in runs)
+            each = f"{cfg.problems_per_step} problems x {cfg.group_size} rollouts"
+            lines.append(f"{label}: step {last} of {each}; best step {best}")
+            budgets |= {max(run.curve) * cfg.problems_per_step for run in runs}
+    if len(budgets) > 1:
+        lines.append(
+            "WARNING: unequal budgets: the rows differ in the number of problems trained on"
+        )
+    return "\n".join(lines)
 
 
 def rows_of(subjects):
     """{label: subjects}: bases and plain models, then runs; seeds of one recipe share a row."""
     bases = dict.fromkeys(s.base for s in subjects)
-    rows = {base if len(bases) > 1 else "base": [Subject(base, base)] for base in bases}
+    rows = {base if len(bases) > 1 else "base": [Subject(base, base, base)] for base in bases}
     labels = {}  # {recipe: folder of its first run}
     for run in [s for s in subjects if s.cfg]:
         recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.OVERRIDES, "seed"]))
-        label = labels.setdefault(recipe, run.model.removesuffix("/best"))
+        label = labels.setdefault(recipe, run.name)
         rows.setdefault(label, []).append(run)
     return rows
 
@@ -90,6 +122,7 @@ class Attempt(sd.Rollout):
     ends: list = None  # a 0, then the end of each token in the text: [1 + T]
     kinds: list = None  # kind of each token: [T]; [] if right or not judged
     teacher_right: float = math.nan  # 1 if the teacher's own sample is right
+    own: torch.Tensor = None  # the student's log-prob of each token: [T]
 
 
 def write(path, text):
@@ -190,23 +223,26 @@ def token_log_probs(model, attempts, cfg):
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
     """{context: attempts with their advantages under it}, for each context with a teacher."""
+    for attempt, own in zip(attempts, token_log_probs(student, attempts, cfg), strict=True):
+        attempt.own = own
     readings = {}
     for name in sd.CONTEXTS:
+        if name == "grpo":
+            continue
         copies = [replace(attempt) for attempt in attempts]
         for copy in copies:
             sd.give_context(copy, name, tokenizer, cfg.teacher_thinking)
         with_teacher = [copy for copy in copies if copy.teacher_prompt]
-        if name == "grpo" or not with_teacher:
+        if not with_teacher:
             continue
         readings[name] = copies
-        own = token_log_probs(student, with_teacher, cfg)
         for attempt in with_teacher:
             attempt.prompt = attempt.teacher_prompt
         told = token_log_probs(teacher, with_teacher, cfg)
         asked = [(attempt.problem, attempt.prompt) for attempt in with_teacher]
         samples = sample(teacher, tokenizer, asked, cfg, f"given {name}")
         for i, attempt in enumerate(with_teacher):
-            attempt.advantages = (told[i] - own[i]).tolist()
+            attempt.advantages = (told[i] - attempt.own).tolist()
             attempt.teacher_right = samples[i].reward
     return readings
 
@@ -327,7 +363,7 @@ def example(names, attempts, unfolded):
         for (start, end), value in zip(pairwise(a.ends), a.advantages, strict=False):
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
             tokens += f"<span {style}>{escape(a.text[start:end])}</span>"
-        context = escape(a.context or a.critic_failure or "")
+        context = escape(a.context or a.masked)
         rows += f"<details {'open' * (name in unfolded)}><summary>{escape(name)}</summary>"
         rows += f"<div><p>{tokens}</p><p>{context}</p></div></details>"
     title = f"{a.problem.problem} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
@@ -402,6 +438,9 @@ def score_contexts(subject, problems, unfolded, k, cfg):
     shares = analyse({"tokens": ones}, b, k) | numbers  # shares of all tokens, then of |A_t|
     text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
+    measures = sd.summarise(attempts)
+    shown = [f"{name} {measures[name]:.2f}" for name in CRITIC_METRICS if name in measures]
+    text += f"critiques of all attempts: {', '.join(shown)}\n"
     columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
     examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]
     return numbers, text, examples
@@ -410,7 +449,11 @@ def score_contexts(subject, problems, unfolded, k, cfg):
 def report(args):
     subjects = [open_subject(name) for name in dict.fromkeys(args.subjects)]
     scored = open_subject(args.advantages or subjects[0].base)
-    first = next((vars(s.cfg) for s in [*subjects, scored] if s.cfg), {})
+    runs = [subject for subject in subjects if subject.cfg]
+    check_comparable(runs, args)
+    plain = {"model": scored.base, "data": args.data, "lr": 1.0}
+    plain["condition"] = "critique" if args.advantages or args.html else "grpo"  # asks a critic?
+    first = next((vars(s.cfg) for s in [*runs, scored] if s.cfg), plain)
     given = {n: value for n, value in vars(args).items() if value and n in SETTINGS}
     cfg = sd.parse_args([], first | {"seed": 2} | given)
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
@@ -419,12 +462,13 @@ def report(args):
     rows = rows_of(subjects)
     k = args.k
     numbers, tables, examples = {}, "", []
+    print(f"{k} attempts at each of {len(problems)} problems, by", *rows, flush=True)
     scores = {label: measure(label, row, problems, k, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{k}", f"Maj@{k}", f"Pass@{k}", "tokens"]
         numbers |= {"scores": score_rows(rows, scores, names), "problems": scores}
         title = f"{len(problems)} problems of {args.data or cfg.data}, {k} samples [95% interval]"
-        tables += table(title, names, numbers["scores"])
+        tables += table(title, names, numbers["scores"]) + describe_training(rows)
         print(tables)
     if args.keep_band:
         low, high = args.keep_band

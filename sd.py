@@ -104,12 +104,12 @@ def encode_chats(tokenizer, messages, thinking=False):
     """Chat prompts: B messages -> a list of P token ids for each."""
     unknown = tokenizer.unk_token or "<unk>"  # the one token that cannot be sanitized
     chats = [[{"role": "user", "content": m.replace(unknown, "< unk>")}] for m in messages]
+    # A template that prints today's date gets a fixed one: prompts must not change overnight.
+    date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+    template = date + tokenizer.get_chat_template()
     # sanitize_control_tokens: an <|im_start|> in a message is encoded as plain text
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     options |= {"enable_thinking": thinking, "thinking": thinking}  # Qwen's switch, Granite's
-    # Templates that print today's date get a fixed one: a prompt must not change overnight.
-    date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
-    template = date + tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(chats, chat_template=template, **options)
 
 
@@ -124,7 +124,7 @@ class Rollout:
     cut_off: bool = False  # max_new_tokens came before an end token
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
-    feedback: critic.Critique = None  # the critique's measures or, if it failed, the reason
+    feedback: critic.Critique = critic.Critique(None)  # its measures or, if it failed, the reason
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
@@ -389,7 +389,7 @@ def summarise(rollouts):
         "cut_off": [r.cut_off for r in rollouts],
         "masked": [r.masked != "" for r in rollouts],
         "advantage": [a for r in rollouts for a in r.advantages],
-        "critic_failed": [r.feedback is not None and not r.critique for r in rollouts],
+        "critic_failed": [r.feedback.failure != "" for r in rollouts],
         "aligned": [critique.aligned for critique in critiques],
         "dropped": [critique.dropped for critique in critiques],
         "step_changed": [critique.step_changed for critique in corrections],
@@ -457,7 +457,7 @@ def show(rollout, tokens, tokenizer):
 def scoring_error(model, tokenizer, prompts):
     """Mean difference, in nats, between the log-probs we score and those generation draws from.
 
-    The prompts differ in length: padded left in generation, their completions right in scoring.
+    Prompts of different lengths are padded left in generation, and right in scoring.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     options = {"max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
@@ -469,11 +469,9 @@ def scoring_error(model, tokenizer, prompts):
 
 
 def fingerprint(model, tokenizer):
-    """SHA-256 of what decides the outputs: weights, config, end tokens and chat template."""
-    config = model.config.get_text_config().to_dict() | {
-        "_name_or_path": "",
-        "transformers_version": "",
-    }
+    """SHA-256 of all that decides the outputs: weights, config, end tokens and chat template."""
+    config = model.config.get_text_config().to_dict()
+    config |= {"_name_or_path": "", "architectures": "", "transformers_version": ""}
     identity = [config, model.generation_config.eos_token_id, tokenizer.chat_template]
     digest = hashlib.sha256(repr(identity).encode())
     for weight in model.state_dict().values():
@@ -493,7 +491,7 @@ def load_model(name, device, dtype):
         )
         model.to(device).eval()  # eval: no dropout
         if info["missing_keys"] or hasattr(model, "is_quantized"):
-            raise UserError("it lacks weights or is quantized")
+            raise UserError("it is quantized, or lacks weights")
         vocabulary = range(model.get_input_embeddings().num_embeddings)
         ends = model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -505,16 +503,16 @@ def load_model(name, device, dtype):
         # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
         model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
         error = scoring_error(model, tokenizer, [first[-2:], second[-6:]])
-        # float32 is right to 1e-4. bfloat16 rounds by 0.1. A wrong output layer errs by more.
+        # Rounding is at most 1e-4 in float32, about 0.1 in bfloat16; a wrong formula, over 0.01.
         if not error < (1e-3 if dtype == "float32" else 0.3):  # or NaN
-            raise UserError(f"it samples from log-probs {error:.2g} nats away from those we score")
+            raise UserError(f"we would score it wrongly: its log-probs differ by {error:.2g} nats")
     except Exception as error:  # the libraries raise many exception types
         reason = "no such folder" if "Repo id must" in str(error) else error
         raise UserError(f"cannot use the model {name} on {device}: {reason}") from None
     config = model.config.get_text_config()
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or 10**9
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond, it encodes all positions in another way
+    if rope.get("rope_type") == "longrope":  # a longer sequence changes all positions' encoding
         tokenizer.model_max_length = rope["original_max_position_embeddings"]
     model.fingerprint = fingerprint(model, tokenizer)
     return model, tokenizer
@@ -585,7 +583,7 @@ def save_merged(model, tokenizer, folder):
     model.float()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            if layer.B.any():  # adding 0.0 would turn -0.0 into 0.0: another fingerprint
+            if layer.B.any():  # adding zero turns -0.0 into 0.0, which changes the fingerprint
                 layer.linear.weight += layer.scale * layer.B @ layer.A
             model.set_submodule(name, layer.linear)
     model.save_pretrained(folder)

@@ -1,11 +1,13 @@
-"""Speed and memory, each as a ratio of two things measured in this one process.
+"""Speed and memory: of your own model, or each as a ratio of two things measured in one process.
 
+python tests/bench.py fit MODEL ...   does it fit? one step of sd.py with these flags, see bench_fit
 python tests/bench.py            step and loss (three minutes on two cores, 12 GB of memory)
 python tests/bench.py step       the training step against its bare parts
 python tests/bench.py loss       the loss in chunks against the loss in one piece
 python tests/bench.py trl        grpo without sampling, against TRL; needs `pip install trl peft`
 """
 
+import itertools
 import resource
 import statistics
 import sys
@@ -16,7 +18,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -147,7 +156,92 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
         print(f"TRL / ours, TRL recomputes activations {recompute}: {theirs / ours:.2f}")
 
 
+class Meter:
+    """Seconds and peak memory of each part of a step."""
+
+    def __init__(self, device):
+        self.cuda, self.parts, self.label = "cuda" in device, {}, "peak"
+
+    def reset(self):
+        if self.cuda:
+            return torch.cuda.reset_peak_memory_stats()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the resident peak
+        except OSError:
+            self.label = "peak so far"
+
+    def peak(self):
+        """Bytes: what tensors hold on a GPU, or this whole process on a CPU."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def measured(self, name, function):
+        """The function, which adds each of its calls to the part. Says so if it does not fit."""
+
+        def call(*args, **kwargs):
+            self.reset()
+            began = time.perf_counter()
+            try:
+                result = function(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                    raise
+                said = ". ".join(str(error).split(". ")[:2])  # how much it asked for
+                raise critic.UserError(f"does not fit, in the {name}: {said}") from None
+            peak, (seconds, before) = self.peak(), self.parts.get(name, (0.0, 0))
+            self.parts[name] = seconds + time.perf_counter() - began, max(before, peak)
+            return result
+
+        return call
+
+
+def bench_fit(argv):
+    """One step on a model with random weights: MODEL's config and tokenizer, and sd.py's flags.
+
+    The worst case: the longest problems of --data, no end token, and critiques as long as the
+    completions. Not measured: a critic that is a model, and the test.
+    """
+    cfg = sd.parse_args(["--model", *argv])
+    meter = Meter(cfg.device)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+
+    def build():
+        with torch.device(cfg.device):
+            config = AutoConfig.from_pretrained(cfg.model)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cfg.dtype)).eval()
+
+    model = meter.measured("model", build)()
+    tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+    tokenizer.pad_token_id = tokenizer.pad_token_id or 0
+    model.generation_config = GenerationConfig(eos_token_id=[-1], pad_token_id=0)
+    optimizer = torch.optim.AdamW(sd.add_adapters(model, cfg.lora_rank, cfg.lora_alpha), lr=cfg.lr)
+    problems = sorted(critic.load_problems(cfg.data)[0], key=lambda p: -len(p.problem))
+    problems = list(itertools.islice(itertools.cycle(problems), cfg.problems_per_step))
+    walk = tokenizer("1 " * cfg.max_new_tokens, add_special_tokens=False)["input_ids"]
+    critique = critic.Critique(tokenizer.decode(walk[: cfg.max_new_tokens]))
+
+    sd.generate = meter.measured("generation", sd.generate)
+    sd.accumulate_gradients = meter.measured("scoring and backward", sd.accumulate_gradients)
+    optimizer.step = meter.measured("update", optimizer.step)
+    step = (model, tokenizer, optimizer, problems, lambda rollouts, _: [critique] * len(rollouts))
+    began = time.perf_counter()
+    rollouts, _ = sd.train_step(*step, cfg)
+    seconds = time.perf_counter() - began
+    meter.parts["whole step"] = seconds, max(peak for _, peak in meter.parts.values())
+    for name, (seconds, peak) in meter.parts.items():
+        print(f"{name:20} {seconds:8.1f} s {peak / 2**30:8.2f} GiB {meter.label}")
+    trained = [r for r in rollouts if r.advantages]
+    longest = max(len(r.teacher_prompt or r.prompt) + len(r.completion) for r in rollouts)
+    print(f"{len(trained)} of {len(rollouts)} rollouts trained on, the longest of {longest} tokens")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["fit"]:
+        with sd.command_line("bench.py"):
+            bench_fit(sys.argv[2:])
+        sys.exit()
     benches = {"step": bench_step, "loss": bench_loss, "trl": bench_trl}
     for name in sys.argv[1:] or ("step", "loss"):
         benches[name]()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import byte_tokenizer, flags, plain_log_probs, save_model
+from conftest import TOY, byte_tokenizer, flags, plain_log_probs, save_model
 
 import critic
 import sd
@@ -51,21 +52,25 @@ def test_pass_maj_and_avg_of_one_problem():
     assert scores("11", "3", "4", "4") == [25, 0, 100, 4]
     assert scores("11", "3", "2", None) == [25, 100 / 3, 100, 4]  # three answers tie
     assert scores(None, None, None, "11.0") == [25, 100, 100, 4]  # no answer is no vote
-    one_value = ["11 apples", "11", "11 m"]  # counted apart, 9 would win
-    assert scores(*one_value, "9", "9") == [60, 100, 100, 4] and scores(None) == [0, 0, 0, 4]
+    split = ["11 apples"] * 3 + ["11"] * 3 + ["9"] * 4  # votes that are graded equal count as one
+    assert scores(*split) == [60, 100, 100, 4] and scores(None) == [0, 0, 0, 4]
 
 
 def test_rows_of_the_table(make_config):
     cfgs = make_config(), make_config(seed=1, out="z", micro_batch=1), make_config(lr=0.5)
     curves = {0: 1.0, 5: 2.0}, {0: 2.0, 5: 2.0}, {0: 2.0, 5: 2.0}
-    runs = [ev.Subject("xyw"[i], "root", cfg=cfgs[i], curve=curves[i]) for i in range(3)]
-    rows = ev.rows_of([*runs, ev.Subject("root", "root")])
+    runs = [ev.Subject("xyw"[i], "xyw"[i], "root", cfg=cfgs[i], curve=curves[i]) for i in range(3)]
+    rows = ev.rows_of([*runs, ev.Subject("root", "root", "root")])
     names = {label: [s.model for s in row] for label, row in rows.items()}
     assert names == {"base": ["root"], "x": ["x", "y"], "w": ["w"]}
     swing = torch.tensor([0.0, 100.0] * 10)[None, :, None]  # [S, P, 1]
     scores = {"base": swing, "x": torch.cat([swing + 1, swing + 5]), "w": swing}
     shown = {row: columns["Avg"] for row, columns in ev.score_rows(rows, scores, ["Avg"]).items()}
     assert shown["x"][0] == 53 and shown["x, 2 seeds"] == "51.00 to 55.00"
+    said = ev.describe_training(rows).split("\n")
+    assert said[0] == "x: step 5, 5 of 3 problems x 1 rollouts; best step 5, 0" and len(said) == 2
+    curves[2][7] = 0.0
+    assert "WARNING: unequal budgets" in ev.describe_training(rows)
     assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == "base"
     band, mean = "0,98.0 5,98.0 5,98.0 0,99.0", "0,98.5 5,98.0"  # y grows downwards
     assert f'"{band}"' in ev.learning_curves(rows) and f'"{mean}"' in ev.learning_curves(rows)
@@ -175,7 +180,7 @@ def test_what_a_model_wrote_cannot_change_the_page(make_config):
     def page(text):
         a = attempt_of(text, problem=Problem(text, text, text), ends=[0, 1, len(text)], reward=0.0)
         a.advantages, a.context, a.critique = [-1.0, 2.0], text, text
-        curves = ev.learning_curves({text: [ev.Subject("", "", make_config(), {0: 1.0, 5: 2.0})]})
+        curves = ev.learning_curves({text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]})
         table = ev.table(text, [text], {text: {text: text}})
         return ev.page(table, curves, [ev.example([text], [a], [text])])
 
@@ -225,7 +230,8 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
     assert contexts["empty"]["wrong value"][0] != 0  # the run is scored, not its base
     assert contexts["mine"]["teacher right"][0] == 0 and "mine" in capsys.readouterr().out
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
-    ev.main(["--advantages", "runs/c/best", *argv[:4]])  # a plain model
+    own = ["--max-new-tokens", "9", "--critic", str(TOY / "scribe.py")]
+    ev.main(["--advantages", "runs/c/best", *argv[:4], *own])  # a plain model
     model, _ = ev.open_subject("runs/c").load(make_config(dtype="bfloat16"))
     assert model.dtype == torch.float32  # as it was saved
     problems = critic.read_problems("data.jsonl")  # the first is never solved, the second always
@@ -235,7 +241,9 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
 
 
 BAD = """: a run or a model
-runs/nix: existing runs: runs/broken, runs/c, runs/c-1, runs/g
+runs/nix: runs/nix is no run; runs in runs: runs/broken runs/c runs/c-1 runs/g
+runs: runs in runs: runs/broken runs/c runs/c-1 runs/g
+runs/c other: cannot compare runs of different --data
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
 runs/c --data empty.jsonl: no problems
@@ -250,6 +258,9 @@ runs/c --data data.jsonl --keep-band 0.1 0.2 --out runs/../data.jsonl: --data"""
 def test_bad_input_is_one_line_before_any_sampling(case, runs, monkeypatch, capsys):
     monkeypatch.setattr(sd, "generate", None)
     Path("runs/broken").mkdir()
+    shutil.copytree("runs/c", "other")  # outside runs/, so that it is not listed
+    config = json.loads(Path("other/config.json").read_text()) | {"data": "data.jsonl"}
+    Path("other/config.json").write_text(json.dumps(config))
     for file in "empty.jsonl", "runs/broken/metrics.jsonl", "runs/broken/config.json":
         Path(file).touch()
     os.mkfifo("fifo")

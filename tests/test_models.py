@@ -2,54 +2,152 @@
 
 import builtins
 import json
+from datetime import datetime
 from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, save_model
+from conftest import CHATML, TOY, byte_tokenizer, plain_log_probs, save_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import critic
 import sd
 from critic import UserError
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+LINEAR |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 700}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Gemma"])
-def test_scores_and_the_merged_model_agree_with_plain_transformers(family, tmp_path):
-    kind = [getattr(transformers, family + part) for part in ("ForCausalLM", "Config")]
-    folder = save_model(tmp_path / "model", byte_tokenizer(), kind)
+
+def gemma4(**shape):
+    """A wrapper: a decoder of the given shape beside a vision tower."""
+    layers = ["sliding_attention", "full_attention"]
+    shape |= {"layer_types": layers, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 300}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return transformers.Gemma4Config(text_config=shape, vision_config=tower, audio_config=None)
+
+
+def save_family(folder, name, config=None, **shape):
+    model = getattr(transformers, name)
+    config = config or getattr(transformers, name.partition("For")[0] + "Config")
+    return save_model(folder, byte_tokenizer("<pad>"), (model, config), **shape)
+
+
+FAMILIES = [  # a model class, a part of its config
+    ("LlamaForCausalLM", {"rope_parameters": LONGROPE, "max_position_embeddings": 9000}),
+    ("GemmaForCausalLM", {}),
+    ("Gemma2ForCausalLM", {"final_logit_softcapping": 5.0}),
+    ("Gemma4ForConditionalGeneration", {"config": gemma4, "final_logit_softcapping": 5.0}),
+    ("CohereForCausalLM", {"logit_scale": 0.25}),
+    ("GraniteForCausalLM", {"logits_scaling": 8.0}),
+    ("Qwen3_5ForCausalLM", LINEAR | {"config": transformers.Qwen3_5TextConfig}),
+    ("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),
+    ("PhimoeForCausalLM", EXPERTS),  # its routers are a subclass of nn.Linear
+    ("JambaForCausalLM", EXPERTS | {"use_mamba_kernels": False, "mamba_dt_rank": 4} | JAMBA),
+]
+
+
+@pytest.mark.parametrize("family, shape", FAMILIES)
+def test_a_step_and_the_merged_model_agree_with_plain_transformers(
+    family, shape, tmp_path, make_config, problems
+):
+    folder = save_family(tmp_path / "model", family, **shape)
     model, tokenizer = sd.load_model(folder, "cpu", "float32")
-    for adapter in sd.add_adapters(model, 2, 6.0):
-        torch.nn.init.normal_(adapter, std=0.1)
-    up = model.base_model.layers[0].mlp.up_proj
+    cfg = make_config(condition="reference", model=folder)
+    optimizer = torch.optim.AdamW(sd.add_adapters(model, 2, 6.0), lr=0.05)
+    _, metrics = sd.train_step(model, tokenizer, optimizer, problems[:2], None, cfg)
+    assert metrics["masked"] == 0 and metrics["grad_norm"] > 0
     prompts, completions = [[3, 4, 5], [6, 7, 8, 9, 10]], [[11, 12, 1], [13, 14]]
-    ours = sd.log_probs(model, sd.hidden_states(model, prompts, completions), 1.0)
+    with torch.no_grad():
+        ours = sd.log_probs(model, sd.hidden_states(model, prompts, completions), 1.0)
     greedy = sd.generate(model, tokenizer, prompts, 2, 20, 0)
     assert greedy == [sd.generate(model, tokenizer, [p], 1, 20, 0)[0] for p in prompts]
-    assert not model.training  # no dropout
     sd.save_merged(model, tokenizer, tmp_path / "best")
-    best = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "best")
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert type(best) is type(base) and set(best.state_dict()) == set(base.state_dict())
-    merged = base.base_model.layers[0].mlp.up_proj.weight + 6.0 / 2 * up.B @ up.A
-    torch.testing.assert_close(best.base_model.layers[0].mlp.up_proj.weight, merged)
-    rows = []
-    for p, c in zip(prompts, completions, strict=True):
-        rows.append(best(torch.tensor([p + c])).logits[0, len(p) - 1 : -1])
-    torch.testing.assert_close(ours, torch.cat(rows).log_softmax(-1), atol=1e-4, rtol=1e-4)
+    plain = {}
+    for name in ("best", "model"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        pairs = list(zip(prompts, completions, strict=True))
+        rows = [plain_log_probs(loaded, prompt, completion, 1.0) for prompt, completion in pairs]
+        plain[name] = torch.cat(rows).detach()
+        plain[name, "keys"] = type(loaded), set(loaded.state_dict())
+    torch.testing.assert_close(ours, plain["best"], atol=1e-4, rtol=1e-4)
+    assert (ours - plain["model"]).abs().max() > 0.01  # the step changed something
+    assert plain["best", "keys"] == plain["model", "keys"]
 
 
 @pytest.mark.parametrize("pad", [None, "<|im_end|>", "<pad>"])
 def test_a_completion_ends_with_its_first_end_token_with_any_padding(pad, tmp_path):
-    ends = [1, *range(60, 70)]  # those of the model's config, not the tokenizer's one
+    ends = list(range(60, 70))  # those of the model's config; the tokenizer's is 1
     folder = save_model(tmp_path / "model", byte_tokenizer(pad), ends=ends)
     torch.manual_seed(0)
     prompts = [[5] * n for n in (2, 9, 4)] * 100
     completions = sd.generate(*sd.load_model(folder, "cpu", "float32"), prompts, 300, 60, 1.0)
-    assert {c[-1] for c in completions if len(c) < 60} == set(ends)
-    assert all(token not in ends for c in completions for token in c[:-1])
+    assert {c[-1] for c in completions if len(c) < 60} == {1, *ends}
+    assert all(token not in {1, *ends} for c in completions for token in c[:-1])
+
+
+def test_a_text_keeps_special_tokens_and_drops_the_end_token(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    model, tokenizer = sd.load_model(save_model(tmp_path, tokenizer), "cpu", "float32")
+    ids = tokenizer.encode("<answer>7</answer>", add_special_tokens=False)
+    assert len(ids) == 3 and sd.completion_text(model, tokenizer, ids) == "<answer>7</answer>"
+    assert sd.completion_text(model, tokenizer, [*ids, 1]) == "<answer>7</answer>"
+
+
+def test_a_prompt_does_not_change_overnight_and_has_either_thinking_switch(monkeypatch):
+    tokenizer = byte_tokenizer()
+    date = "{%- macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro -%} {{ today() }}"
+    tokenizer.chat_template = date + "{% if thinking %}hm{% endif %}" + tokenizer.chat_template
+    prompts = []
+    for year in (2030, 2031):
+        clock = Mock(now=lambda year=year: datetime(year, 1, 1))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        prompts += sd.encode_chats(tokenizer, ["hello"])
+    assert prompts[0] == prompts[1] != sd.encode_chats(tokenizer, ["hello"], True)[0]
+    tokenizer.chat_template = CHATML
+    assert sd.encode_chats(tokenizer, ["hello"]) != sd.encode_chats(tokenizer, ["hello"], True)
+    toy = AutoTokenizer.from_pretrained(TOY)
+    assert sd.encode_chats(toy, ["12 <unk> 3"])[0][-2] == toy.convert_tokens_to_ids("3")
+
+
+def test_the_fingerprint_sees_what_a_model_computes_and_nothing_else(tmp_path):
+    def fingerprint(dtype="float32"):
+        return sd.load_model(str(tmp_path), "cpu", dtype)[0].fingerprint
+
+    up = "model.layers.0.mlp.up_proj.weight"
+    save_model(tmp_path, byte_tokenizer())
+    edit_weights(tmp_path, lambda w: w[up][0].mul_(0).neg_())  # -0.0
+    model, tokenizer = sd.load_model(str(tmp_path), "cpu", "float32")
+    sd.add_adapters(model, 2, 6.0)
+    sd.save_merged(model, tokenizer, tmp_path)
+    seen = {model.fingerprint, fingerprint()}
+    assert len(seen) == 1  # merged without an update
+    seen.add(fingerprint("bfloat16"))
+    edit_weights(tmp_path, lambda w: w[up].copy_(w[up].flip(0)))
+    seen.add(fingerprint())
+    edit_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    seen.add(fingerprint())
+    (tmp_path / "chat_template.jinja").write_text("Today: " + CHATML)
+    seen.add(fingerprint())
+    assert len(seen) == 5
+
+
+def test_the_share_of_the_weights_that_adapters_reach(tmp_path, make_config, capsys):
+    cfg = make_config(model=save_family(tmp_path / "moe", "PhimoeForCausalLM", **EXPERTS))
+    sd.prepare(cfg, {})
+    assert "adapters reach 14% of the weights" in capsys.readouterr().out
+    cfg = make_config(
+        model=save_family(tmp_path / "gpt2", "GPT2LMHeadModel", transformers.GPT2Config)
+    )
+    with pytest.raises(UserError, match="no linear layers"):
+        sd.prepare(cfg, {})
 
 
 def test_a_prompt_needs_room_for_the_completion(run, tmp_path, tiny, world, monkeypatch):
@@ -71,18 +169,29 @@ def edit_config(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-MAMBA = transformers.MambaForCausalLM, transformers.MambaConfig
-GPT2 = transformers.GPT2LMHeadModel, transformers.GPT2Config
+def end_nowhere(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    save_model(folder, tokenizer, ends=300)
+
+
+IMAGES = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+BERT = {"bos_token_id": 0, "layer_types": ["full_attention"] * 2}
+MINIMAX = EXPERTS | {"block_size": 4, "layer_types": ["linear_attention", "full_attention"]}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 FLAWS = [  # what is done to the folder, what is said
     (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lacks weights"),
-    (lambda f: edit_weights(f, lambda w: w["model.norm.weight"].mul_(torch.nan)), "not finite"),
-    (lambda f: save_model(f, byte_tokenizer(), ends=[1, 300]), "no end token"),
-    (lambda f: save_model(f, byte_tokenizer(), MAMBA), "is recurrent"),
-    (lambda f: save_model(f, byte_tokenizer(), GPT2), "no linear layers"),
-    (lambda f: edit_config(f, final_logit_softcapping=30.0), "caps or scales logits"),
+    (lambda f: edit_weights(f, lambda w: w["model.norm.weight"].mul_(torch.nan)), "nan nats"),
+    (end_nowhere, "no end token"),
+    (lambda f: edit_config(f, quantization_config=FP8), "quantized"),
+    (lambda f: edit_config(f, final_logit_softcapping=30.0), "nats"),  # Qwen3 has no cap
+    (lambda f: save_family(f, "ModernBertDecoderForCausalLM", **BERT), "nats"),
+    (lambda f: save_family(f, "HyperCLOVAXForCausalLM", logits_scaling=0.5), "nats"),
+    (lambda f: save_family(f, "MiniMaxForCausalLM", **MINIMAX), "nats"),  # reads padding
+    (lambda f: (f / "chat_template.jinja").write_text(IMAGES), "drops the message"),
     (lambda f: (f / "chat_template.jinja").unlink(), "chat_template is not set"),
     (lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
-    (lambda f: (f / "model.safetensors").write_text("{}"), "cannot load"),
+    (lambda f: (f / "model.safetensors").write_text("{}"), "cannot use"),
 ]
 
 
@@ -95,6 +204,15 @@ def test_a_model_that_is_damaged_or_unsupported_is_refused(spoil, said, tmp_path
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, device, said",
+    [("no/such/x", "cpu", "no such folder"), (str(TOY), "cuda:99", "on cuda:99: .*CUDA")],
+)
+def test_a_missing_folder_or_device_is_named(name, device, said):
+    with pytest.raises(UserError, match=said):
+        sd.load_model(name, device, "float32")
+
+
 def test_a_models_own_code_is_never_run(tmp_path, monkeypatch):
     """Left to itself, transformers asks, and a `y` on stdin runs it."""
     save_model(tmp_path, byte_tokenizer())
@@ -102,6 +220,6 @@ def test_a_models_own_code_is_never_run(tmp_path, monkeypatch):
     own = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C"}
     edit_config(tmp_path, model_type="own", auto_map=own)
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="cannot use"):
         sd.load_model(str(tmp_path), "cpu", "float32")
     assert not (tmp_path / "ran").exists()

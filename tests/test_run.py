@@ -10,8 +10,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -223,76 +225,99 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert [m["step"] for m in read_lines(out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def die_at(n):
-    """Kills this process after its n-th operation on a file; opening one has emptied it."""
-    operations = itertools.count(1)
+def after_each_operation(act, patch=setattr):
+    """Calls act() after every operation on a file; opening one has emptied it."""
 
     def guard(module, name):
         function = getattr(module, name)
 
         def call(*args, **kwargs):
             result = function(*args, **kwargs)
-            if (name != "open" or "w" in str(args[1:])) and next(operations) == n:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if name != "open" or "w" in str(args[1:]):
+                act()
             return result
 
-        setattr(module, name, call)
+        patch(module, name, call)
 
     files = (builtins, "open"), (io, "open"), (os, "fsync"), (os, "replace"), (sd, "save_merged")
     for module, name in files:
         guard(module, name)
 
 
-def child(n, argv):
+def die_in(seconds):
+    """Ends this process, as a kill does, after so much of the processor's time in training."""
+
+    def load_and_set_the_clock(*args):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        return add_adapters(*args)
+
+    add_adapters, sd.add_adapters = sd.add_adapters, load_and_set_the_clock
+
+
+def child(n, seconds, argv):
     sys.modules["eval"] = Mock()  # the test that follows
     sd.tqdm.set_lock(threading.RLock())  # a killed child would keep one that is shared
-    die_at(n)
+    operations = itertools.count(1)
+    after_each_operation(lambda: next(operations) == n and os.kill(os.getpid(), signal.SIGKILL))
+    if seconds:
+        die_in(seconds)
     sd.main(argv)
 
 
-def exit_code(out, argv, n=0, seconds=None):
-    """Of a run, new or resumed, in a process that has not used autograd before."""
+def exit_code(out, argv, n=0, seconds=0):
+    """Of a run, new or resumed, in a process that has not used autograd before.
+
+    It is killed after its n-th operation on a file, or after so many seconds of training.
+    """
     resume = ["--resume"] if (out / "last.pt").exists() else []
-    process = FORKS.Process(target=child, args=(n, [*argv, "--out", str(out), *resume]))
+    process = FORKS.Process(target=child, args=(n, seconds, [*argv, "--out", str(out), *resume]))
     process.start()
-    process.join(seconds)
-    process.kill()
     process.join()
     return process.exitcode
 
 
-def check_kills(points, run, small, tmp_path, **settings):
-    """Kills a run at each point and resumes it. Returns the first point behind a run's end."""
-    settings = small | {"condition": "grpo", "group_size": 3, "lr": 0.05} | settings
+def test_a_run_that_is_killed_ends_as_if_nothing_had_been(run, small, tmp_path):
+    settings = small | {"condition": "critique", "lr": 0.05, "steps": 2, "eval_every": 1}
     assert run(tmp_path / "whole", **settings)[0] == 0
-    for n in points:
+    # With the second checkpoint empty, with the third not in place, within the logs after it.
+    for n in 7, 14, 17:
         out = tmp_path / f"killed-{n}"
-        code = exit_code(out, flags(settings), n)
-        if code == 0:
-            return n
-        assert code == -signal.SIGKILL and exit_code(out, flags(settings)) == 0
+        assert exit_code(out, flags(settings), n) == -signal.SIGKILL
+        assert exit_code(out, flags(settings)) == 0
         assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_a_run_that_is_killed_ends_as_if_nothing_had_been(run, small, tmp_path):
-    # With the second checkpoint empty, with the third not in place, within the logs after it.
-    assert not check_kills([7, 14, 17], run, small, tmp_path, steps=2, eval_every=1)
-
-
 @pytest.mark.slow
-def test_a_run_killed_after_every_operation_on_a_file(run, small, tmp_path):
-    assert check_kills(itertools.count(1), run, small, tmp_path, condition="critique") > 25
+def test_a_run_killed_after_any_operation_on_a_file(run, small, tmp_path, monkeypatch):
+    """A kill leaves what the folder holds at that moment, so a copy of it stands for the kill."""
+    whole, copies = tmp_path / "whole", []
+
+    def copy():
+        copies.append(tmp_path / f"killed-{len(copies)}")
+        subprocess.run(["cp", "-r", whole, copies[-1]], check=True)
+
+    settings = {"condition": "critique", "group_size": 3, "lr": 0.05}
+    with monkeypatch.context() as patch:
+        after_each_operation(copy, patch.setattr)
+        assert run(whole, **settings)[0] == 0
+    assert len(copies) > 25
+    for out in copies:
+        resume = ["--resume"] if (out / "last.pt").exists() else []
+        assert run(out, *resume, **settings)[0] == 0 and files_of(out) == files_of(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", ["grpo", "reference", "critique"])
 def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path):
-    settings = small | {"condition": condition, "steps": 150, "eval_every": 1}
+    settings = small | {"condition": condition, "steps": 40, "eval_every": 1}
+    began = time.process_time()
     assert run(tmp_path / "whole", **settings)[0] == 0
+    step = (time.process_time() - began) / 40
     out, rng = tmp_path / "killed", random.Random(0)
     for _ in range(20):
-        code = exit_code(out, flags(settings), seconds=rng.uniform(0.1, 0.7))
-        assert code == -signal.SIGKILL, "the run was too short"
+        code = exit_code(out, flags(settings), seconds=rng.uniform(0, 3 * step))
+        assert code == -signal.SIGPROF, "the run was too short"
+    assert 5 < len(read_lines(out / "metrics.jsonl")) < 40  # the kills were spread over the run
     assert exit_code(out, flags(settings)) == 0 and files_of(out) == files_of(tmp_path / "whole")
 
 

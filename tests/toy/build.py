@@ -122,6 +122,12 @@ class Sample:
     masked: list[int]  # steps of the response whose value is left out of the loss; the first is 1
 
 
+def draw_unknown(rng: random.Random) -> list:
+    """The products that the model does not learn."""
+    known = rng.sample([(a, b) for a, b in FACTS if 1 < a <= b], KNOWN)
+    return [fact for fact in FACTS if 1 not in fact and tuple(sorted(fact)) not in known]
+
+
 def draw_value(rng: random.Random, symbol: str) -> int:
     """A value that a product, or a sum, of some problem has."""
     products = [a * b for a, b in rng.choices(FACTS, k=3)]
@@ -205,8 +211,7 @@ def encode(tokenizer, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor
 def pretrain(tokenizer, seed: int, drift: float) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    known = rng.sample([(a, b) for a, b in FACTS if 1 < a <= b], KNOWN)
-    unknown = [fact for fact in FACTS if 1 not in fact and tuple(sorted(fact)) not in known]
+    unknown = draw_unknown(rng)
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen3Config(**ARCHITECTURE, **tokens, vocab_size=len(tokenizer), bos_token_id=None)
     model = Qwen3ForCausalLM(config)
