@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.pool import ThreadPool
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -245,7 +246,8 @@ def test_a_file_is_split_into_disjoint_sets_always_the_same(tmp_path):
     path = tmp_path / "all.jsonl"
     for count, sizes in (40, [28, 4, 8]), (1000, [850, 50, 100]):
         names = [f'"p{n}"' for n in range(count)]
-        path.write_text("\n\n".join(GOOD.replace('"p"', name) for name in names) + "\n")
+        lines = [GOOD.replace('"p"', name) for name in names]
+        path.write_text("\n\n".join(lines) + "\n", "utf-8-sig")  # Windows editors add a BOM
         sets = critic.load_problems(path)
         texts = [f'"{p.problem}"' for problems in sets for p in problems]
         assert [len(problems) for problems in sets] == sizes and sets == critic.load_problems(path)
@@ -406,10 +408,12 @@ def test_what_a_server_may_reply(behaviour, pauses):
 
 
 def test_a_server_that_refuses_the_key_or_is_not_there_ends_the_program(pauses):
-    with server(lambda *_: (403, b"no \n entry")) as (url, _):
-        with pytest.raises(UserError, match="^set CRITIC_API_KEY: http.*HTTP 403: no entry$"):
-            ask_server(url, *"abc", parallel=1)
-        assert not pauses
+    for status in 401, 403:
+        with server(lambda *_, status=status: (status, b"no \n entry")) as (url, _):
+            said = f"^set CRITIC_API_KEY: {url}/chat/completions: HTTP {status}: no entry$"
+            with pytest.raises(UserError, match=said):
+                ask_server(url, *"abc", parallel=1)
+            assert not pauses
     for bad in url, "http:///v1", "http://[::1/v1", "http://127.0.0.1:99999/v1":
         with pytest.raises(UserError, match="refused|protocol|Invalid|range") as error:
             ask_server(bad, *"ab")
@@ -530,24 +534,31 @@ def test_a_local_critic_is_greedy_and_never_the_trained_solver(tmp_path, make_co
     """With the solver's own weights it answers as the base, however far the student has come."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(critic, "parse_critique", lambda text, rollout: Critique(text))
-    ends = [1, *range(4, 80)]  # so that some answers end
-    for seed, name in enumerate(["solver", "other"]):
+    monkeypatch.setattr(sd, "generate", generate := Mock(wraps=sd.generate))
+    ends = [1, *range(4, 60)]  # so that some answers end
+    for seed, name in (2, "solver"), (3, "other"):
         save_model(name, byte_tokenizer(), ends=ends, seed=seed, max_position_embeddings=48)
-    for name in "solver", "other":
         cfg = make_config(critic=name, model="solver", critic_max_tokens=6)
         messages, expected = ["What?", "Which one of the two?", "Why?", "Who is it?", "When?"], []
         plain, tokenizer = sd.load_model(name, "cpu", "float32")
         for message in messages:
             [ids] = sd.encode_chats(tokenizer, [message])
             row = plain.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :].tolist()
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            usable = row[-1] in ends and len(ids + row) <= 48
-            expected.append(Critique(text) if usable else Critique(None, "cut off", text))
-        assert expected[0].text and not expected[3].text  # which ended, but beyond the positions
+            text = tokenizer.decode(row[:-1] if row[-1] in ends else row)
+            usable = row[-1] in ends and len(ids + row) <= 48  # the second ends, but beyond them
+            failure = ("" if text else "empty reply") if usable else "cut off"
+            expected.append(Critique(None, failure, text) if failure else Critique(text))
+        assert {"", "cut off"} <= {critique.failure for critique in expected}
         model, tokenizer = sd.load_model("solver", "cpu", "float32")
         ask = sd.open_critic(cfg, model, tokenizer)
         for adapter in sd.add_adapters(model, 4, 8.0):
             adapter.data.add_(0.5)
-        for usable in messages, [m for m, e in zip(messages, expected, strict=True) if e.text]:
-            wanted = [expected[messages.index(m)] for m in usable]  # the second time from files
-            assert ask([ROLLOUT] * len(usable), usable) == wanted and sd.LoRALinear.enabled
+        assert ask([ROLLOUT] * 5, messages) == expected and sd.LoRALinear.enabled
+        assert generate.call_args.args[-1] == 0
+        generate.reset_mock()
+        usable = {m: e for m, e in zip(messages, expected, strict=True) if e.text}
+        assert ask([ROLLOUT] * len(usable), [*usable]) == [*usable.values()]  # from the cache
+        assert not generate.called
+        cfg.critic_max_tokens = 7
+        sd.open_critic(cfg, model, tokenizer)([ROLLOUT], [*usable][:1])
+        assert generate.called
