@@ -189,7 +189,7 @@ class Meter:
                 if isinstance(error, RuntimeError) and "allocate" not in str(error):
                     raise
                 said = ". ".join(str(error).split(". ")[:2])  # how much it asked for
-                raise critic.UserError(f"does not fit, in the {name}: {said}") from None
+                raise critic.UserError(f"does not fit, in {name}: {said}") from None
             peak, (seconds, before) = self.peak(), self.parts.get(name, (0.0, 0))
             self.parts[name] = seconds + time.perf_counter() - began, max(before, peak)
             return result
