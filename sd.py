@@ -21,8 +21,8 @@ The parts of a training step, and their functions:
     4. teacher      log π_0(· | x, c, y_<t): adapters off, no gradient   the same two
     5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)     token_advantages
                     how much more the teacher favours token t; logged, not in the loss
-    6. loss         KL(teacher_t ‖ student_t) at every token              distillation_losses, kl
-       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r              grpo_losses
+    6. loss         KL(teacher_t ‖ student_t) at every token                                   kl
+       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r         group_advantages
                     averaged over all tokens that the step trains on         accumulate_gradients
     7. update       one AdamW step on the LoRA adapters                                train_step
 
@@ -125,7 +125,7 @@ class Rollout:
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
     masked: str = ""  # why the rollout is not trained on, if it is not
-    advantages: list[float] = field(default_factory=list)  # of each token: A_t, or A_i in grpo
+    advantages: list[float] = field(default_factory=list)  # A_t of each token; empty in grpo
 
 
 def omit(r):
@@ -325,44 +325,37 @@ def jsd(student, teacher):
 DIVERGENCES = {"forward_kl": lambda s, t: kl(t, s), "reverse_kl": kl, "jsd": jsd}
 
 
-def grpo_losses(model, student, advantages, tokens, cfg):
-    """−A_i log π_θ(y_t), and A_i: [n], [n]. One update per batch: ratios are 1, nothing to clip."""
-    return -advantages * student.gather(-1, tokens[:, None])[:, 0], advantages
-
-
-def distillation_losses(model, student, teacher_states, tokens, cfg):
-    """D(student, teacher), and A_t, at n tokens: [n], [n]."""
-    teacher = log_probs(model, teacher_states, cfg.temperature)  # [n, V]
-    losses = DIVERGENCES[cfg.divergence](student, teacher)
-    return losses, token_advantages(student, teacher, tokens)
-
-
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
     """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
     if cfg.condition == "grpo":
-        token_losses = grpo_losses
-        targets = [r.group_advantage for r in rollouts for _ in r.completion]
-        targets = torch.tensor(targets, device=model.device)  # [N]
+        token_rewards = [r.group_advantage for r in rollouts for _ in r.completion]
+        token_rewards = torch.tensor(token_rewards, device=model.device)  # each token's A_i: [N]
     else:
-        token_losses = distillation_losses
+        prompts = [r.teacher_prompt for r in rollouts]
         with torch.no_grad(), adapters_off():
-            targets = hidden_states(model, [r.teacher_prompt for r in rollouts], completions)
+            teacher_states = hidden_states(model, prompts, completions)  # [N, H]
 
     # Logits of all N tokens may not fit in memory. So backward has two stages: from each chunk's
     # loss to its hidden states, then once from all hidden states into the network.
-    states = student_states.detach().requires_grad_()  # [N, H]
+    chunks = [states.detach().requires_grad_() for states in student_states.split(cfg.chunk)]
     loss, advantages = 0.0, []
-    for start in range(0, len(tokens), cfg.chunk):
-        chunk = slice(start, start + cfg.chunk)
-        student = log_probs(model, states[chunk], cfg.temperature)  # [n, V]
-        losses, signal = token_losses(model, student, targets[chunk], tokens[chunk], cfg)
+    for number, states in enumerate(chunks):  # [n, H]
+        here = slice(number * cfg.chunk, (number + 1) * cfg.chunk)
+        student = log_probs(model, states, cfg.temperature)  # [n, V]
+        if cfg.condition == "grpo":
+            # −A_i log π_θ(y_t). One update per batch, so ratios are 1: there is nothing to clip
+            losses = -token_rewards[here] * student.gather(-1, tokens[here, None])[:, 0]
+        else:
+            teacher = log_probs(model, teacher_states[here], cfg.temperature)  # [n, V]
+            losses = DIVERGENCES[cfg.divergence](student, teacher)
+            # A_t is logged, not trained on
+            advantages += token_advantages(student, teacher, tokens[here]).tolist()
         (losses.sum() / step_tokens).backward()
         loss += losses.sum().item() / step_tokens
-        advantages += signal.tolist()
-    student_states.backward(states.grad)
+    student_states.backward(torch.cat([states.grad for states in chunks]))
     for rollout in rollouts:
         length = len(rollout.completion)
         rollout.advantages, advantages = advantages[:length], advantages[length:]
