@@ -601,7 +601,8 @@ def prepare(cfg, run):
     prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
     for problem in texts:
         if words := unknown_words(problem.problem, tokenizer):
-            raise UserError(f"{cfg.data}: the model {cfg.model} does not know {' '.join(words)}")
+            said = f"the model {cfg.model} does not know these words, so pass another --model"
+            raise UserError(f"{cfg.data}: {said}: {' '.join(words)}")
     silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
     if cfg.teacher_thinking and silent == thinking:
         raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")

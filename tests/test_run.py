@@ -182,7 +182,7 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
     rows = [json.dumps(row | {"problem": f"How many of {n}?"}) for n in range(20)]
     data.write_text("\n".join(rows))
     status, error = run(tmp_path / "run", data=data)
-    assert status == 2 and "does not know How many" in error
+    assert status == 2 and "does not know these words, so pass another --model: How many" in error
     assert not (tmp_path / "run").exists()
 
 
