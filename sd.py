@@ -209,8 +209,8 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
     end_ids = model.generation_config.eos_token_id  # a list: see load_model
     # Full softmax, as in scoring: no top-k; load_model resets the rest. Temperature 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
-    completions = []
-    for start in range(0, len(prompts), batch_size):
+    completions, starts = [], range(0, len(prompts), batch_size)
+    for start in tqdm(starts, "sampling", leave=False, disable=len(starts) == 1):
         batch = {"input_ids": prompts[start : start + batch_size]}
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)

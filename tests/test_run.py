@@ -227,6 +227,11 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
         assert files_of(out) == files_of(whole)
     sd.main(["--resume", "--out", str(out), "--steps", "6"])  # a longer run is no other run
     assert [m["step"] for m in read_lines(out / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
+    saved = torch.load(out / "last.pt")
+    saved["settings"]["critic"] = "http://dead/v1"
+    torch.save(saved, out / "last.pt")
+    moved = ["--resume", "--out", str(out), "--critic", "http://other/v1"]
+    assert sd.open_run(moved)[0].critic == "http://other/v1"
 
 
 def after_each_operation(act, patch=setattr):
