@@ -159,6 +159,13 @@ def test_sampling_follows_the_distribution_that_is_scored(tmp_path, tiny):
     seen = torch.tensor(drawn).flatten().bincount(minlength=len(p)) / 20_000
     assert ((seen - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
     assert (seen - p)[p.argsort()].cumsum(0).abs().max() < 2 / 20_000**0.5  # top-p cuts the tail
+    states = torch.ones(1, 32, dtype=torch.bfloat16)
+    scored = sd.log_probs(model.bfloat16(), states, 1.0)  # bf16 would lose 0.1 nats
+    assert {p.dtype for p in [scored, *sd.add_adapters(model, 2, 4.0)]} == {torch.float32}
+    assert [sd.parse_args(["--device", d]).dtype for d in ("cuda:1", "cpu")] == [
+        "bfloat16",
+        "float32",
+    ]
 
 
 # ------------------------------------------------------------------------ the training step

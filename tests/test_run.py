@@ -351,6 +351,18 @@ def test_a_foreign_folder_or_a_damaged_run_is_left_alone_in_one_line(content, ru
         assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
 
 
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_holds_code_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"settings": Code()}, "last.pt")
+    status, error = run(tmp_path, "--resume")
+    assert status == 2 and "cannot resume" in error and not (tmp_path / "ran").exists()
+
+
 ERRORS = [  # an error, what is printed
     (RuntimeError("can't allocate memory:\n you tried"), "can't allocate memory: you tried"),
     (SafetensorError("incomplete metadata"), "incomplete metadata"),
