@@ -110,7 +110,7 @@ def test_where_tokens_end_and_of_what_kind_they_are(tiny):
     by_judge = ["right step"] * 7 + wrong + ["answer"] * 3 + [None]  # the end token
     places = [ev.PLACES[n] for n in [0] * 7 + [1] * 7 + [2] * 4]
     assert ev.token_kinds(attempt, judge) == by_judge and ev.token_kinds(attempt, None) == places
-    attempt.critique = RIGHT.replace(" = 6", "   =   6")  # places are those in the attempt
+    attempt.critique = RIGHT.replace("= 6", "=" + " " * 20 + "6")  # places are those in the attempt
     assert ev.token_kinds(attempt, None) == places
     attempt.critique = None  # nobody knows where it goes wrong
     assert ev.token_kinds(attempt, None) == [] and ev.token_kinds(attempt, judge) == by_judge

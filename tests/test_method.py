@@ -117,11 +117,12 @@ def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, mak
     cfg = make_config(condition="reference")
     free = sampled(tiny, problems[:4], cfg)
     lengths = [len(r.teacher_prompt) + len(r.completion) for r in free]
-    tiny[1].model_max_length = sorted(lengths)[1]
-    for before, r in zip(free, sampled(tiny, problems[:4], cfg), strict=True):
-        fits = len(before.teacher_prompt) + len(before.completion) <= sorted(lengths)[1]
-        assert r.teacher_prompt == (before.teacher_prompt if fits else None)
-        assert r.context == (before.context if fits else None) and fits == (r.masked == "")
+    for room in sorted(lengths)[1], max(lengths) - 1:
+        tiny[1].model_max_length = room
+        for before, r in zip(free, sampled(tiny, problems[:4], cfg), strict=True):
+            fits = len(before.teacher_prompt) + len(before.completion) <= room
+            assert r.teacher_prompt == (before.teacher_prompt if fits else None)
+            assert r.context == (before.context if fits else None) and fits == (r.masked == "")
 
 
 def test_a_context_of_another_type_is_refused(monkeypatch):

@@ -184,7 +184,7 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
 
 # ------------------------------------------------------------------------ interrupted and killed
 def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
-    run, world, tmp_path, scores, monkeypatch
+    run, world, tiny_folder, tmp_path, scores, monkeypatch
 ):
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = {"condition": "reference", "lr": 0.05, "micro_batch": 2}
@@ -208,9 +208,14 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert is_refused("is not empty")
     assert is_refused("was started with --steps 4, now 3", "--resume", "--steps", "3")
     assert is_refused("was started with --critic", "--resume", "--critic", "http://127.0.0.1/v1")
-    for file in world / "train.jsonl", Path(settings["critic"]):
+    template = Path(tiny_folder, "chat_template.jinja")
+    for file, old, new in (
+        (world / "train.jsonl", "8", "7"),
+        (Path(settings["critic"]), "8", "7"),
+        (template, "{", " {"),
+    ):
         content = file.read_text()
-        file.write_text(content.replace("8", "7", 1))
+        file.write_text(content.replace(old, new, 1))
         assert is_refused("the model, data or rule has changed", "--resume")
         file.write_text(content)
     with FileLock(out / "lock"):
