@@ -189,7 +189,7 @@ class Meter:
                 if isinstance(error, RuntimeError) and "allocate" not in str(error):
                     raise
                 said = ". ".join(str(error).split(". ")[:2])  # how much it asked for
-                raise critic.UserError(f"does not fit, in the {name}: {said}") from None
+                raise critic.UserError(f"does not fit, in {name}: {said}") from None
             peak, (seconds, before) = self.peak(), self.parts.get(name, (0.0, 0))
             self.parts[name] = seconds + time.perf_counter() - began, max(before, peak)
             return result
@@ -232,7 +232,7 @@ def bench_fit(argv):
     meter.parts["whole step"] = seconds, max(peak for _, peak in meter.parts.values())
     for name, (seconds, peak) in meter.parts.items():
         print(f"{name:20} {seconds:8.1f} s {peak / 2**30:8.2f} GiB {meter.label}")
-    trained = [r for r in rollouts if r.advantages]
+    trained = [r for r in rollouts if not r.masked]
     longest = max(len(r.teacher_prompt or r.prompt) + len(r.completion) for r in rollouts)
     print(f"{len(trained)} of {len(rollouts)} rollouts trained on, the longest of {longest} tokens")
 

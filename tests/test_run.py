@@ -67,10 +67,14 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
     metrics = read_lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "val_avg" in m] == [0, 2, 4]
-    assert all((m["advantage"] != 0) != (condition in ("empty", "grpo")) for m in metrics[1:])
+    assert all(
+        (m.get("advantage", 0) != 0) != (condition in ("empty", "grpo")) for m in metrics[1:]
+    )
     samples = read_lines(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [n for n in (1, 2, 3, 4) for _ in range(3)]
-    assert all(len(s["tokens"]) == len(s["completion"]) == len(s["advantages"]) for s in samples)
+    for s in samples:
+        lengths = {len(s["tokens"]), len(s["completion"])}
+        assert lengths == {len(s["advantages"] or s["tokens"])} and not s["masked"]
     config = json.loads((out / "config.json").read_text())
     assert (config["condition"], config["lr"]) == (condition, 4e-3)
     AutoModelForCausalLM.from_pretrained(out / "best")
@@ -157,7 +161,7 @@ def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
 def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp_path, capsys):
     run(tmp_path / "run", condition="grpo", steps=1)
     row = "base: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% cut off at --max-new-tokens 12\n"
-    assert re.search(f"{row}WARNING: .* raise --max-new-tokens\nWARNING: grpo has no", run.said)
+    assert re.search(f"{row}WARNING: .* raise --max-new-tokens\nWARNING: no attempt is", run.said)
     shares = {"reward": 0.1, "formatted": 0.5, "cut_off": 0.1}
     sd.report_base(shares, sd.parse_args([]))
     assert "change SOLVE" in capsys.readouterr().out
@@ -178,7 +182,7 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
     rows = [json.dumps(row | {"problem": f"How many of {n}?"}) for n in range(20)]
     data.write_text("\n".join(rows))
     status, error = run(tmp_path / "run", data=data)
-    assert status == 2 and "does not know words of" in error and ": How many" in error
+    assert status == 2 and "does not know these words, so pass another --model: How many" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,7 @@ from critic import Problem  # noqa: E402
 
 SIZES = {"train": 300, "val": 50, "test": 100}
 # The form of a step stands in letters: numbers would be copied.
-TEXT = "Add the numbers: {}. Add two at a time; each step has the form a + b = c."
+TEXT = "Add the numbers two at a time, in steps of the form a + b = c: {}"
 
 
 def draw_terms(rng: random.Random, args) -> list[int]:

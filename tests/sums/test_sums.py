@@ -11,7 +11,7 @@ from conftest import ROOT, byte_tokenizer
 from critic import Problem
 
 SCRIBE = runpy.run_path(ROOT / "tests/sums/scribe.py")
-PROBLEM = Problem("Add: 34 + 57 + 86. A step has the form a + b = c.", "a reference", "177")
+PROBLEM = Problem("Add, in steps of the form a + b = c: 34 + 57 + 86", "a reference", "177")
 RIGHT = "<step_1>34 + 57 = 91</step_1> <step_2>91 + 86 = 177</step_2> <answer>177</answer>"
 PLACES = (
     "<step_1>add 10s: 30 + 50 + 80 = 160</step_1> <step_2>add 1s: 4 + 7 + 6 = 17</step_2> "

@@ -1,7 +1,8 @@
 """Builds the toy: a tiny language model, its tokenizer, and its problems.
 
     python tests/toy/build.py --drift 0.4 --seed 1 --out runs/toy-0.4
-    python sd.py --model runs/toy-0.4 --data runs/toy-0.4 --critic runs/toy-0.4/scribe.py
+    python sd.py --model runs/toy-0.4 --data runs/toy-0.4 --critic runs/toy-0.4/scribe.py \\
+        --lr 4e-3 --max-new-tokens 64
 
 The model is pretrained on problems of scribe.py, with and without a context in the prompt. It
 learns only some of the times tables. Three ingredients make it behave as large models do:
