@@ -412,7 +412,7 @@ def test_a_server_that_refuses_the_key_or_is_not_there_ends_the_program(pauses):
         with server(lambda *_, status=status: (status, b"no \n entry")) as (url, _):
             said = f"^set CRITIC_API_KEY: {url}/chat/completions: HTTP {status}: no entry$"
             with pytest.raises(UserError, match=said):
-                ask_server(url, *"abc", parallel=1)
+                ask_server(url, "a")
             assert not pauses
     for bad in url, "http:///v1", "http://[::1/v1", "http://127.0.0.1:99999/v1":
         with pytest.raises(UserError, match="refused|protocol|Invalid|range") as error:

@@ -110,6 +110,8 @@ def test_where_tokens_end_and_of_what_kind_they_are(tiny):
     by_judge = ["right step"] * 7 + wrong + ["answer"] * 3 + [None]  # the end token
     places = [ev.PLACES[n] for n in [0] * 7 + [1] * 7 + [2] * 4]
     assert ev.token_kinds(attempt, judge) == by_judge and ev.token_kinds(attempt, None) == places
+    attempt.critique = RIGHT.replace("= 6", "=" + " " * 20 + "6")  # places are those in the attempt
+    assert ev.token_kinds(attempt, None) == places
     attempt.critique = None  # nobody knows where it goes wrong
     assert ev.token_kinds(attempt, None) == [] and ev.token_kinds(attempt, judge) == by_judge
     assert ev.token_kinds(replace(attempt, reward=1.0), judge) == []
@@ -154,7 +156,13 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
     texts = tokenizer.batch_decode(first[1], skip_special_tokens=True)
     monkeypatch.setattr(critic, "is_correct", lambda text, answer: text == answer)
     assert sampled(answer=texts[0]) == (0, first[1], [text == texts[0] for text in texts])
-    for change in {"seed": 3}, {"temperature": 0.5}, {"max_new_tokens": 5}, {"gen_batch": 2}:
+    for change in (
+        {"device": "cpu:0"},
+        {"seed": 3},
+        {"temperature": 0.5},
+        {"max_new_tokens": 5},
+        {"gen_batch": 2},
+    ):
         assert sampled(**change)[0] >= 1 and sampled(**change)[0] == 0
     assert sampled(gen_batch=2)[1][:2] != sampled(gen_batch=2)[1][2:]  # every batch draws anew
     tokenizer.chat_template = "{{ messages[0].content }}"
@@ -240,6 +248,26 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
     for band, kept in ("0 0.9", problems[:1]), ("0.1 1", problems[1:]), ("0.1 0.9", []):
         ev.main(["runs/c", *argv[:4], "--out", "kept.jsonl", "--keep-band", *band.split()])
         assert critic.read_problems("kept.jsonl") == kept
+
+
+def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, monkeypatch):
+    """Test problems, the base's attempts, flags before the first run's settings, its dtype."""
+    monkeypatch.setattr(ev, "measure", Mock(return_value=torch.zeros(1, 3, 4)))
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "score_contexts", scored := Mock(return_value=({}, "", [])))
+        more = ["--html", "p.html", "--seed", "5", "--temperature", "0.5"]
+        ev.main(["runs/c", *more])
+        subject, problems, _, _, cfg = scored.call_args.args
+        assert subject.model == tiny_folder and problems == critic.load_problems(world)[2]
+        assert (cfg.seed, cfg.temperature, cfg.max_new_tokens) == (5, 0.5, 12)
+        ev.main(["runs/c", *more, "--advantages", "runs/g"])
+        assert scored.call_args.args[-1].condition == "critique"
+    cfg.seed, cfg.dtype, cfg.teacher_thinking = 2, "bfloat16", True
+    monkeypatch.setattr(sd, "load_model", load := Mock(wraps=sd.load_model))
+    monkeypatch.setattr(sd, "give_context", give := Mock(side_effect=sd.give_context))
+    ev.score_contexts(subject, problems, [], 1, cfg)
+    assert [call.args[2] for call in load.call_args_list] == ["bfloat16"] * 2
+    assert all(call.args[3] for call in give.call_args_list)
 
 
 BAD = """: a run or a model

@@ -117,11 +117,12 @@ def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, mak
     cfg = make_config(condition="reference")
     free = sampled(tiny, problems[:4], cfg)
     lengths = [len(r.teacher_prompt) + len(r.completion) for r in free]
-    tiny[1].model_max_length = sorted(lengths)[1]
-    for before, r in zip(free, sampled(tiny, problems[:4], cfg), strict=True):
-        fits = len(before.teacher_prompt) + len(before.completion) <= sorted(lengths)[1]
-        assert r.teacher_prompt == (before.teacher_prompt if fits else None)
-        assert r.context == (before.context if fits else None) and fits == (r.masked == "")
+    for room in sorted(lengths)[1], max(lengths) - 1:
+        tiny[1].model_max_length = room
+        for before, r in zip(free, sampled(tiny, problems[:4], cfg), strict=True):
+            fits = len(before.teacher_prompt) + len(before.completion) <= room
+            assert r.teacher_prompt == (before.teacher_prompt if fits else None)
+            assert r.context == (before.context if fits else None) and fits == (r.masked == "")
 
 
 def test_a_context_of_another_type_is_refused(monkeypatch):
@@ -159,6 +160,13 @@ def test_sampling_follows_the_distribution_that_is_scored(tmp_path, tiny):
     seen = torch.tensor(drawn).flatten().bincount(minlength=len(p)) / 20_000
     assert ((seen - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
     assert (seen - p)[p.argsort()].cumsum(0).abs().max() < 2 / 20_000**0.5  # top-p cuts the tail
+    states = torch.ones(1, 32, dtype=torch.bfloat16)
+    scored = sd.log_probs(model.bfloat16(), states, 1.0)  # bf16 would lose 0.1 nats
+    assert {p.dtype for p in [scored, *sd.add_adapters(model, 2, 4.0)]} == {torch.float32}
+    assert [sd.parse_args(["--device", d]).dtype for d in ("cuda:1", "cpu")] == [
+        "bfloat16",
+        "float32",
+    ]
 
 
 # ------------------------------------------------------------------------ the training step

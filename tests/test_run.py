@@ -188,7 +188,7 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
 
 # ------------------------------------------------------------------------ interrupted and killed
 def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
-    run, world, tmp_path, scores, monkeypatch
+    run, world, tiny_folder, tmp_path, scores, monkeypatch
 ):
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = {"condition": "reference", "lr": 0.05, "micro_batch": 2}
@@ -212,9 +212,14 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert is_refused("is not empty")
     assert is_refused("was started with --steps 4, now 3", "--resume", "--steps", "3")
     assert is_refused("was started with --critic", "--resume", "--critic", "http://127.0.0.1/v1")
-    for file in world / "train.jsonl", Path(settings["critic"]):
+    template = Path(tiny_folder, "chat_template.jinja")
+    for file, old, new in (
+        (world / "train.jsonl", "8", "7"),
+        (Path(settings["critic"]), "8", "7"),
+        (template, "{", " {"),
+    ):
         content = file.read_text()
-        file.write_text(content.replace("8", "7", 1))
+        file.write_text(content.replace(old, new, 1))
         assert is_refused("the model, data or rule has changed", "--resume")
         file.write_text(content)
     with FileLock(out / "lock"):
@@ -358,6 +363,18 @@ def test_a_foreign_folder_or_a_damaged_run_is_left_alone_in_one_line(content, ru
         status, error = run(*arguments, condition="empty")
         assert status == 2 and said in error and "\n" not in error.strip()
         assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_holds_code_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"settings": Code()}, "last.pt")
+    status, error = run(tmp_path, "--resume")
+    assert status == 2 and "cannot resume" in error and not (tmp_path / "ran").exists()
 
 
 ERRORS = [  # an error, what is printed
