@@ -431,7 +431,7 @@ def test_a_slow_server_is_waited_for_once(pauses, monkeypatch):
     class Impatient(type(critic.get_session())):
         def __init__(self, timeout):
             assert timeout == (10, 600, 600, None)
-            super().__init__(timeout=0.2)
+            super().__init__(timeout=(9, 0.2, 9, 9))
 
     monkeypatch.setattr(critic, "get_session", lambda: Impatient((10, 600, 600, None)))
     with server(lambda message, *_: time.sleep(0.9) or chat(WALK)) as (url, requests):
