@@ -8,10 +8,9 @@
 
 A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
 Intervals are 95% bootstraps over problems. Samples are cached in runs/.cache. --json FILE saves all
-numbers, --data FILE sets the test problems, --k (12) the samples per problem. --temperature,
---max-new-tokens, --gen-batch, --micro-batch, --critic, --device and --dtype default to the first
-run's values, --seed to 2. The page has attempts of the --advantages model, by default the base.
-
+numbers, --data FILE sets the test problems, --k (12) the samples per problem. sd.py's settings, as
+--temperature, --max-new-tokens, --gen-batch, --micro-batch, --critic, --device and --dtype, default
+to the first run's, --seed to 2. The page has attempts of the --advantages model, or of the base.
 Shapes: P problems, S seeds, Q quantities, T tokens of an attempt.
 """
 
@@ -22,6 +21,7 @@ import math
 import runpy
 import shlex
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, compress, pairwise
 from pathlib import Path
@@ -37,9 +37,6 @@ from critic import UserError, atomic_write, first_difference, parse_steps
 # Token kinds in a wrong attempt: KINDS if the critic has a judge of steps, else PLACES.
 KINDS = ["right step", "wrong value", "rest of wrong step", "answer"]
 PLACES = ["before wrong step", "in wrong step", "after wrong step"]
-SETTINGS = ["temperature", "max_new_tokens", "gen_batch", "micro_batch", "device", "dtype"]
-SETTINGS += ["critic", "seed"]
-CRITIC_METRICS = ["critic_failed", "aligned", "step_changed", "dropped"]
 
 
 # ================================================================================ runs and models
@@ -50,40 +47,37 @@ class Subject:
     base: str  # the teacher: the model a run started from, or the plain model itself
     cfg: object = None  # runs only: the settings
     curve: dict = None  # runs only: {step: validation Avg}
+    best_step: int = None  # runs only: that of the best checkpoint; 0: none beat the base
 
     def load(self, cfg):
         """(model, tokenizer). A run's checkpoint is loaded as it was saved, in fp32."""
-        dtype = cfg.dtype if self.model == self.base else "float32"
-        return sd.load_model(self.model, cfg.device, dtype)
+        return sd.load_model(self.model, cfg.device, "float32" if self.best_step else cfg.dtype)
 
 
 def open_subject(name):
     """The Subject of a run's folder, a model's folder or a hub id."""
     folder = Path(name)
-    if not (folder / "config.json").exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        parent = folder if folder.is_dir() else folder.parent
-        runs = sorted(str(file.parent) for file in parent.glob("*/config.json"))
-        raise UserError(f"{name} is no run; runs in {parent}: {' '.join(runs) or 'none'}")
-    if not (folder / "metrics.jsonl").exists():
+    config, metrics = folder / "config.json", folder / "metrics.jsonl"
+    if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
+        raise UserError(f"{name} is no run and no model: it has no config.json")
+    if not metrics.exists():
         return Subject(name, name, name)
     try:
-        cfg = sd.parse_args([], json.loads((folder / "config.json").read_text()))
-        lines = map(json.loads, (folder / "metrics.jsonl").open())
+        cfg = sd.parse_args([], json.loads(config.read_text()))
+        lines = map(json.loads, metrics.open())
         curve = {line["step"]: line["val_avg"] for line in lines if "val_avg" in line}
-    except (ValueError, TypeError, LookupError) as error:
+        best_step = max(curve, key=curve.get)
+    except ValueError as error:
         raise UserError(f"{name}: config.json or metrics.jsonl is broken: {error!r}") from None
-    best = (
-        f"{name}/best" if (folder / "best").exists() else cfg.model
-    )  # no checkpoint beat the base
-    return Subject(name, best, cfg.model, cfg=cfg, curve=curve)
+    model = f"{name}/best" if best_step else cfg.model
+    return Subject(name, model, cfg.model, cfg, curve, best_step)
 
 
-def check_comparable(runs, args):
+def check_comparable(subjects, data):
     """Raises UserError if the runs differ in what is the same for all in a table."""
-    for setting in ("model",) if args.data else ("model", "data"):
-        values = {str(getattr(run.cfg, setting)) for run in runs}
-        if len(values) > 1:
-            raise UserError(f"cannot compare runs of different --{setting}: {', '.join(values)}")
+    values = {f"{s.cfg.model} on {data or s.cfg.data}" for s in subjects if s.cfg}
+    if len(values) > 1:
+        raise UserError(f"cannot compare runs of different --model or --data: {', '.join(values)}")
 
 
 def describe_training(rows):
@@ -92,34 +86,30 @@ def describe_training(rows):
     for label, runs in rows.items():
         if cfg := runs[0].cfg:
             last = ", ".join(str(max(run.curve)) for run in runs)
-            best = ", ".join(str(max(run.curve, key=run.curve.get)) for run in runs)
+            best = ", ".join(str(run.best_step) for run in runs)
             each = f"{cfg.problems_per_step} problems x {cfg.group_size} rollouts"
             lines.append(f"{label}: step {last} of {each}; best step {best}")
             budgets |= {max(run.curve) * cfg.problems_per_step for run in runs}
     if len(budgets) > 1:
-        lines.append(
-            "WARNING: unequal budgets: the rows differ in the number of problems trained on"
-        )
+        lines += ["WARNING: unequal budgets: the rows differ in the number of problems trained on"]
     return "\n".join(lines)
 
 
 def rows_of(subjects):
     """{label: subjects}: bases and plain models, then runs; seeds of one recipe share a row."""
     bases = dict.fromkeys(s.base for s in subjects)
-    rows = {base if len(bases) > 1 else "base": [Subject(base, base, base)] for base in bases}
+    rows = {base if len(bases) > 1 else "base": [open_subject(base)] for base in bases}
     labels = {}  # {recipe: folder of its first run}
-    for run in [s for s in subjects if s.cfg]:
-        recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.OVERRIDES, "seed"]))
-        label = labels.setdefault(recipe, run.name)
-        rows.setdefault(label, []).append(run)
+    for run in subjects:
+        if run.cfg:
+            recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.OVERRIDES, "seed"]))
+            rows.setdefault(labels.setdefault(recipe, run.name), []).append(run)
     return rows
 
 
 @dataclass
-class Attempt(sd.Rollout):
-    """A rollout scored under one context. Without a context, `advantages` is empty."""
-
-    ends: list = None  # a 0, then the end of each token in the text: [1 + T]
+class Attempt(sd.Rollout):  # scored under one context; without a teacher, `advantages` is empty
+    ends: list = None  # the end of each token in the text: [T]
     kinds: list = None  # kind of each token: [T]; [] if right or not judged
     teacher_right: float = math.nan  # 1 if the teacher's own sample is right
     own: torch.Tensor = None  # the student's log-prob of each token: [T]
@@ -131,41 +121,35 @@ def write(path, text):
             file.write(text.encode())
 
 
-def sample(model, tokenizer, asked, cfg, label):
-    """A graded Attempt for each (problem, prompt). The token ids of each batch are cached."""
+def sample(model, tokenizer, problems, prompts, cfg):
+    """A graded Attempt for each prompt. The token ids of each batch are cached."""
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    identity = [model.fingerprint, cfg.device, cfg.seed, settings]
-    for start in tqdm(range(0, len(asked), cfg.gen_batch), f"test: {label}", leave=False):
-        batch = [prompt for _, prompt in asked[start : start + cfg.gen_batch]]
-        file = critic.cache_file("eval", [identity, start, batch])
-        try:
-            sampled = json.loads(file.read_text())
-        except (OSError, ValueError):  # no file, or a broken one
+    for start in tqdm(range(0, len(prompts), cfg.gen_batch), model.name_or_path, leave=False):
+        batch = prompts[start : start + cfg.gen_batch]
+        identity = [model.fingerprint, cfg.device, cfg.seed, settings, start, batch]
+        file = critic.cache_file("eval", identity)
+        if not file.exists():
             torch.manual_seed(cfg.seed + start)
-            sampled = sd.generate(model, tokenizer, batch, *settings)
-            write(file, json.dumps(sampled))
-        completions += sampled
+            write(file, json.dumps(sd.generate(model, tokenizer, batch, *settings)))
+        completions += json.loads(file.read_text())
     texts = [sd.completion_text(model, tokenizer, completion) for completion in completions]
-    return [
-        Attempt(p, prompt, ids, text=text, reward=float(critic.is_correct(text, p.answer)))
-        for (p, prompt), ids, text in zip(asked, completions, texts, strict=True)
-    ]
+    rewards = [float(critic.is_correct(t, p.answer)) for t, p in zip(texts, problems, strict=True)]
+    return list(map(Attempt, problems, prompts, completions, texts, rewards))
 
 
-def sample_attempts(model, tokenizer, problems, k, cfg, label="attempts"):
-    """k attempts at each problem; neighbours differ in problem, as `shuffled` needs."""
-    prompts = sd.encode_chats(tokenizer, [sd.solver_message(p) for p in problems])
-    return sample(model, tokenizer, list(zip(problems, prompts, strict=True)) * k, cfg, label)
+def sample_attempts(model, tokenizer, problems, cfg):
+    """cfg.k attempts at each problem; neighbours differ in problem, as `shuffled` needs."""
+    prompts = sd.encode_chats(tokenizer, map(sd.solver_message, problems))
+    return sample(model, tokenizer, problems * cfg.k, prompts * cfg.k, cfg)
 
 
 # ================================================================================ scores
 def intervals(values, names):
     """Means over problems, 95% bootstrap: [P, Q] -> {name: [mean, low, high]}. NaNs are skipped."""
-    generator = torch.Generator().manual_seed(0)  # every call draws the same problems
-    drawn = torch.randint(len(values), (2000, len(values)), generator=generator)
-    means = values[drawn].nanmean(1)  # [draws, Q]
+    torch.manual_seed(0)  # every call draws the same problems
+    means = values[torch.randint(len(values), (2000, len(values)))].nanmean(1)  # [draws, Q]
     ends = means.nanquantile(torch.tensor([0.025, 0.975]), dim=0)  # [2, Q]
-    columns = torch.cat([values.nanmean(0)[None], ends]).T.tolist()
+    columns = torch.stack([values.nanmean(0), *ends], 1).tolist()
     return {n: c for n, c in zip(names, columns, strict=True) if not math.isnan(c[0])}
 
 
@@ -175,16 +159,16 @@ def group_scores(attempts):
     texts = [a.text for a in attempts]
     votes = [sum(critic.is_correct(a, critic.last_answer(b)) for b in texts) for a in texts]
     winners = compress(rewards, [count == max(votes) for count in votes])
-    length = fmean(len(a.completion) for a in attempts)
-    return [fmean(rewards), fmean(winners), max(rewards), length]
+    lengths = [len(a.completion) for a in attempts]
+    return [fmean(rewards), fmean(winners), max(rewards), fmean(lengths)]
 
 
-def measure(label, subjects, problems, k, cfg):
+def measure(subjects, problems, cfg):
     """group_scores of every seed and problem: [S, P, 4]."""
     scores = []
     for subject in subjects:
         model, tokenizer = subject.load(cfg)
-        attempts = sample_attempts(model, tokenizer, problems, k, cfg, label)
+        attempts = sample_attempts(model, tokenizer, problems, cfg)
         scores.append([group_scores(attempts[p :: len(problems)]) for p in range(len(problems))])
     return torch.tensor(scores)
 
@@ -194,13 +178,12 @@ def score_rows(rows, scores, names):
     shown = {}
     for label, subjects in rows.items():
         shown[label] = intervals(scores[label].mean(0), names)
-        steps = [max(s.curve, key=s.curve.get) for s in subjects if s.cfg]
-        if steps and not any(steps):  # the best checkpoint is the base
+        if all(s.best_step == 0 for s in subjects):
             shown[label] = dict.fromkeys(names, "base")
-        if len(steps) > 1:
+        if len(subjects) > 1:
             seeds = scores[label].mean(1).T.tolist()  # [4, S]
             ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in seeds]
-            shown[f"{label}, {len(steps)} seeds"] = dict(zip(names, ranges, strict=True))
+            shown[f"{label}, {len(subjects)} seeds"] = dict(zip(names, ranges, strict=True))
     for a, b in combinations(rows, 2):
         shown[f"{b} − {a}"] = intervals(scores[b].mean(0) - scores[a].mean(0), names)
     return shown
@@ -209,47 +192,39 @@ def score_rows(rows, scores, names):
 # ================================================================================ advantages
 @torch.no_grad()
 def token_log_probs(model, attempts, cfg):
-    """log π(y_t | prompt, y_<t) of every token: [T] for each attempt."""
-    token_values = []
+    """Yields log π(y_t | prompt, y_<t) of every token: [T] for each attempt."""
     for start in range(0, len(attempts), cfg.micro_batch):
         batch = attempts[start : start + cfg.micro_batch]
         completions = [a.completion for a in batch]
         states = sd.hidden_states(model, [a.prompt for a in batch], completions)  # [N, H]
         for rows, ids in zip(states.split(list(map(len, completions))), completions, strict=True):
             log_probs = sd.log_probs(model, rows, cfg.temperature)  # [T, V]
-            token_values.append(log_probs[range(len(ids)), ids].cpu())
-    return token_values
+            yield log_probs[range(len(ids)), ids].cpu()
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
-    """{context: attempts with their advantages under it}, for each context with a teacher."""
+    """{context: attempts with their advantages under it}, for all contexts but grpo's."""
     for attempt, own in zip(attempts, token_log_probs(student, attempts, cfg), strict=True):
         attempt.own = own
     readings = {}
-    for name in sd.CONTEXTS:
-        if name == "grpo":
-            continue
-        copies = [replace(attempt) for attempt in attempts]
-        for copy in copies:
-            sd.give_context(copy, name, tokenizer, cfg.teacher_thinking)
-        with_teacher = [copy for copy in copies if copy.teacher_prompt]
-        if not with_teacher:
-            continue
-        readings[name] = copies
-        for attempt in with_teacher:
+    for name in [name for name in sd.CONTEXTS if name != "grpo"]:
+        readings[name] = [replace(attempt) for attempt in attempts]
+        for attempt in readings[name]:
+            sd.give_context(attempt, name, tokenizer, cfg.teacher_thinking)
             attempt.prompt = attempt.teacher_prompt
-        told = token_log_probs(teacher, with_teacher, cfg)
-        asked = [(attempt.problem, attempt.prompt) for attempt in with_teacher]
-        samples = sample(teacher, tokenizer, asked, cfg, f"given {name}")
-        for i, attempt in enumerate(with_teacher):
-            attempt.advantages = (told[i] - attempt.own).tolist()
-            attempt.teacher_right = samples[i].reward
+        taught = [attempt for attempt in readings[name] if attempt.prompt]
+        told = token_log_probs(teacher, taught, cfg)
+        problems, prompts = [a.problem for a in taught], [a.prompt for a in taught]
+        samples = sample(teacher, tokenizer, problems, prompts, cfg)
+        for attempt, log_probs, answer in zip(taught, told, samples, strict=True):
+            attempt.advantages = (log_probs - attempt.own).tolist()
+            attempt.teacher_right = answer.reward
     return readings
 
 
 def token_ends(tokenizer, ids):
-    """A 0, then the end of each token in the text, which an end token is not part of."""
-    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    """[T] ends of the tokens in the text, which an end token is not part of."""
+    texts = [tokenizer.decode(ids[: n + 1]).rstrip("\ufffd") for n in range(len(ids))]
     return list(accumulate(map(len, texts), max))  # an incomplete character may shorten a text
 
 
@@ -259,30 +234,24 @@ def token_kinds(attempt, judge):
     wrong = first_difference(text, attempt.critique or text)
     if attempt.reward or not (judge or wrong):
         return []
-    verdicts = judge(attempt.problem, text) if judge else []
+    errors = judge(attempt.problem, text) if judge else []
 
     def kind(at):
-        """Kind of the character. The end token comes after the text."""
         if not judge:
             return PLACES[(at >= wrong.start) + (at >= wrong.end)]
-        for step, verdict in zip(parse_steps(text), verdicts, strict=True):
+        for step, error in zip(parse_steps(text), errors, strict=True):
             if step.start <= at < step.end:
                 if step.name == "answer":
                     return "answer"
-                if verdict is None:
+                if not error:
                     return "right step"
-                return "wrong value" if verdict[0] <= at < verdict[1] else "rest of wrong step"
+                return "wrong value" if at in range(*error) else "rest of wrong step"
 
-    # the kind of a token is that of its last character
-    return [kind(max(start, end - 1)) for start, end in pairwise(attempt.ends)]
+    return [kind(end - 1) for end in attempt.ends]  # the kind of a token's last character
 
 
 def metric(attempt, name):
-    """One number of an attempt under a context, or NaN.
-
-    Wrong attempts: mean A_t of a kind of token, and its share of all |A_t| (%). Right attempts:
-    tokens that are pushed down, A_t < -0.5 (%). All: teacher accuracy (%).
-    """
+    """Mean A_t of a kind of token, its share of all |A_t| (%), or what `name` says; or NaN."""
     advantages = attempt.advantages
     if name == "teacher right":
         return 100 * attempt.teacher_right
@@ -302,7 +271,7 @@ def analyse(readings, names, k):
     values = {}  # [k * P, Q]
     for context, attempts in readings.items():
         values[context] = torch.tensor([[metric(a, name) for name in names] for a in attempts])
-    if {"critique", "reference"} <= set(values):  # over the attempts that have both
+    if "reference" in values:  # over the attempts that have both
         values["critique − reference"] = values["critique"] - values["reference"]
     # means over the k attempts at a problem: [k * P, Q] -> [P, Q]
     return {row: intervals(v.unflatten(0, (k, -1)).nanmean(0), names) for row, v in values.items()}
@@ -311,14 +280,13 @@ def analyse(readings, names, k):
 # ================================================================================ tables and page
 def table(title, columns, rows):
     """The text of a table; rows are {label: {column: interval or text}}."""
-    width = max(map(len, rows))
-    header = "".join(f"{c.removeprefix('share '):>25}" for c in columns)
-    lines = ["", title, f"{'':{width}}{header}"]
-    for label, row in rows.items():
+    width, text = max(map(len, rows)), f"\n{title}\n"
+    header = {column: column.removeprefix("share ") for column in columns}
+    for label, row in ({"": header} | rows).items():
         cells = [row.get(c, "–") for c in columns]
         texts = [c if isinstance(c, str) else "{:.2f} [{:.2f}, {:.2f}]".format(*c) for c in cells]
-        lines.append(f"{label:{width}}" + "".join(f"{text:>25}" for text in texts))
-    return "\n".join(lines) + "\n"
+        text += f"{label:{width}}" + "".join(f"{cell:>25}" for cell in texts) + "\n"
+    return text
 
 
 def escape(text):
@@ -360,12 +328,11 @@ def example(names, attempts, unfolded):
     rows = ""
     for name, a in zip(names, attempts, strict=True):
         tokens = ""
-        for (start, end), value in zip(pairwise(a.ends), a.advantages, strict=False):
+        for (start, end), value in zip(pairwise([0, *a.ends]), a.advantages, strict=False):
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
             tokens += f"<span {style}>{escape(a.text[start:end])}</span>"
-        context = escape(a.context or a.masked)
         rows += f"<details {'open' * (name in unfolded)}><summary>{escape(name)}</summary>"
-        rows += f"<div><p>{tokens}</p><p>{context}</p></div></details>"
+        rows += f"<div><p>{tokens}</p><p>{escape(a.context or a.masked)}</p></div></details>"
     title = f"{a.problem.problem} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
     return f"<h3>{escape(title)}</h3>{rows}"
 
@@ -405,26 +372,21 @@ def parse_args(argv):
     parser.add_argument("subjects", nargs="*")
     parser.add_argument("--keep-band", nargs=2, type=float)
     parser.add_argument("--k", type=int, default=12)
-    for name in ["advantages", "html", "json", "data", "out", *SETTINGS]:
+    for name in ["advantages", "html", "json", *sd.Settings.__annotations__]:
         parser.add_argument(f"--{name.replace('_', '-')}")
     args = parser.parse_intermixed_args(argv)
-    if args.k < 1 or not (args.subjects or args.advantages):
-        parser.error("needs a run or a model, and --k of at least 1; see --help")
-    band = args.keep_band
-    if band and not (len(args.subjects) == 1 and args.data and args.out and band == sorted(band)):
-        parser.error("--keep-band LOW HIGH takes LOW <= HIGH, one model, --data and --out")
-    for path in map(Path, filter(None, [args.html, args.json, args.out])):
-        is_data = path.resolve() == Path(args.data or "").resolve()
-        if is_data or path.exists() != path.is_file() or not path.parent.is_dir():
-            parser.error(f"{path} must be a file in an existing folder, other than --data")
+    if not (args.subjects or args.advantages):
+        parser.error("needs a run or a model; see --help")
+    if args.keep_band and (len(args.subjects) != 1 or args.out in (None, args.data)):
+        parser.error("--keep-band takes one run or model, and an --out other than --data")
     return args
 
 
-def score_contexts(subject, problems, unfolded, k, cfg):
+def score_contexts(subject, problems, unfolded, cfg):
     """(numbers, tables, HTML examples) of the subject's attempts under every context."""
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
-    attempts = sample_attempts(student, tokenizer, problems, k, cfg)
+    attempts = sample_attempts(student, tokenizer, problems, cfg)
     sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer), 1)
     judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
     for attempt in attempts:
@@ -433,61 +395,55 @@ def score_contexts(subject, problems, unfolded, k, cfg):
     readings = read_contexts(attempts, student, teacher, tokenizer, cfg)
     kinds = KINDS if judge else PLACES
     a, b = [*kinds, "teacher right"], [f"share {kind}" for kind in kinds] + ["pushed down"]
-    numbers = analyse(readings, a + b, k)
+    numbers = analyse(readings, a + b, cfg.k)
     ones = [replace(attempt, advantages=[1.0] * len(attempt.kinds)) for attempt in attempts]
-    shares = analyse({"tokens": ones}, b, k) | numbers  # shares of all tokens, then of |A_t|
+    shares = analyse({"tokens": ones}, b, cfg.k) | numbers  # shares of all tokens, then of |A_t|
     text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
-    measures = sd.summarise(attempts)
-    shown = [f"{name} {measures[name]:.2f}" for name in CRITIC_METRICS if name in measures]
-    text += f"critiques of all attempts: {', '.join(shown)}\n"
+    line = "critiques of all attempts: critic_failed {critic_failed:.2f}, aligned {aligned:.2f}, "
+    line += "step_changed {step_changed:.2f}, dropped {dropped:.2f}\n"
+    text += line.format_map(defaultdict(lambda: math.nan, sd.summarise(attempts)))
     columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
     examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]
     return numbers, text, examples
 
 
-def report(args):
+@sd.command_line("eval.py")
+def main(argv):
+    args = parse_args(argv)
     subjects = [open_subject(name) for name in dict.fromkeys(args.subjects)]
     scored = open_subject(args.advantages or subjects[0].base)
-    runs = [subject for subject in subjects if subject.cfg]
-    check_comparable(runs, args)
-    plain = {"model": scored.base, "data": args.data, "lr": 1.0}
-    plain["condition"] = "critique" if args.advantages or args.html else "grpo"  # asks a critic?
-    first = next((vars(s.cfg) for s in [*runs, scored] if s.cfg), plain)
-    given = {n: value for n, value in vars(args).items() if value and n in SETTINGS}
+    check_comparable(subjects, args.data)
+    explained = args.advantages or args.html
+    plain = {"model": scored.base, "condition": "critique" if explained else "grpo", "lr": 1.0}
+    first = next((vars(s.cfg) for s in [*subjects, scored] if s.cfg), plain)
+    given = {name: value for name, value in vars(args).items() if value is not None}
     cfg = sd.parse_args([], first | {"seed": 2} | given)
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
     if not problems:
-        raise UserError(f"{args.data} has no problems")
+        raise UserError(f"{cfg.data} has no problems")
     rows = rows_of(subjects)
-    k = args.k
     numbers, tables, examples = {}, "", []
-    print(f"{k} attempts at each of {len(problems)} problems, by", *rows, flush=True)
-    scores = {label: measure(label, row, problems, k, cfg) for label, row in rows.items()}
+    scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
     if rows:
-        names = [f"Avg@{k}", f"Maj@{k}", f"Pass@{k}", "tokens"]
-        numbers |= {"scores": score_rows(rows, scores, names), "problems": scores}
-        title = f"{len(problems)} problems of {args.data or cfg.data}, {k} samples [95% interval]"
-        tables += table(title, names, numbers["scores"]) + describe_training(rows)
+        names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
+        numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
+        title = f"{len(problems)} problems of {cfg.data}, {cfg.k} samples [95% interval]"
+        tables = table(title, names, numbers["scores"]) + describe_training(rows)
         print(tables)
     if args.keep_band:
         low, high = args.keep_band
         averages = list(scores.values())[-1][0, :, 0].tolist()  # the last row is the subject's
-        kept = [vars(p) for p, a in zip(problems, averages, strict=True) if low <= a / 100 <= high]
-        write(args.out, "".join(f"{json.dumps(row)}\n" for row in kept))
+        kept = [p for p, a in zip(problems, averages, strict=True) if low <= a / 100 <= high]
+        write(args.out, "".join(f"{json.dumps(vars(p))}\n" for p in kept))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
-    if args.advantages or args.html:
+    if explained:
         unfolded = [s.cfg.condition for s in subjects if s.cfg] or sd.CONTEXTS
-        numbers["contexts"], text, examples = score_contexts(scored, problems, unfolded, k, cfg)
+        numbers["contexts"], text, examples = score_contexts(scored, problems, unfolded, cfg)
         print(text)
         tables += text
     write(args.html, page(tables, learning_curves(rows), examples))
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
-
-
-def main(argv):
-    with sd.command_line("eval.py"):
-        report(parse_args(argv))
 
 
 if __name__ == "__main__":
