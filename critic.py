@@ -66,12 +66,13 @@ def read_problems(path):
         try:
             row = json.loads(line)
             problem = Problem(row["problem"], row["solution"], row["answer"])
-            if not all(text.strip() for text in vars(problem).values()):
-                raise ValueError("an empty string")
+            for name, text in vars(problem).items():
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"{name} must be a string with text, got {text!r}")
             "".join(vars(problem).values()).encode()  # a lone surrogate would break a tokenizer
         except Exception as error:  # json raises many types
             wanted = "expected the strings problem, solution and answer"
-            raise UserError(f"{path}, line {number}: {wanted}; got {error!r}") from None
+            raise UserError(f"{path}, line {number}: {wanted}: {error!r}") from None
         problems.append(problem)
     return problems
 

@@ -435,7 +435,8 @@ def show(rollout, tokens, tokenizer):
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     if rollout.critique:
-        aligned = f"{rollout.feedback.aligned:.0%} of the attempt's steps"
+        steps = len(parse_steps(rollout.text))
+        aligned = f"{rollout.feedback.aligned:.0%} of the attempt's {steps} steps and answers"
         tqdm.write(f"aligned: the critique repeats {aligned} before it changes one")
     if words := unknown_words(rollout.context, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
@@ -523,7 +524,8 @@ def open_critic(cfg, model, tokenizer):
             ended = completion[-1] in model.generation_config.eos_token_id
             fits = len(prompt + completion) <= tokenizer.model_max_length
             text = completion_text(model, tokenizer, completion)
-            yield text, "" if ended and fits else "cut off"
+            limit = f"the reply is cut off: --critic-max-tokens {cfg.critic_max_tokens}"
+            yield text, "" if ended and fits else limit
 
     return critic.cached(complete, [model.fingerprint, cfg.critic_max_tokens])  # ask()
 
@@ -589,12 +591,13 @@ def draw_batches(problems, cfg):
 def prepare(cfg, run):
     """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
+    rule = Path(cfg.critic).read_text() if cfg.critic.endswith(".py") else ""
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     decoder = model.get_decoder()
     linear = sum(m.weight.numel() for m in decoder.modules() if type(m) is nn.Linear)
     share = linear / decoder.num_parameters(exclude_embeddings=True)
-    print(f"adapters reach {share:.0%} of its weights")  # not the experts of most mixtures
+    print(f"LoRA adapts {share:.0%} of the weights between embedding and output layer")
     if not linear:
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
     texts = [problem for part in problems for problem in part]
@@ -609,7 +612,6 @@ def prepare(cfg, run):
     longest = max(map(len, prompts)) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
-    rule = Path(cfg.critic).read_text() if cfg.critic.endswith(".py") else ""
     identity = repr((model.fingerprint, problems, rule))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
         raise UserError(f"cannot resume {cfg.out}: the model, data or rule has changed")
@@ -632,22 +634,24 @@ def report_base(metrics, cfg):
     tqdm.write("base: " + shares.format(*percent, cfg.max_new_tokens))
     if metrics["cut_off"] > 0.2:
         tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
-    elif metrics["formatted"] < 0.6:
+    if metrics["formatted"] < 0.6:
         tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
     if metrics["reward"] == 0:
         tqdm.write("WARNING: no attempt is right; grpo needs some: take easier problems")
 
 
-def check_masked(rollouts, run, cfg):
+def check_trained(rollouts, run, cfg):
     """Says why a step trained on nothing. Ends a run whose first steps all did."""
-    rows = run["metrics"][1:]
-    if rows[-1]["masked"] < 1:
+    reasons = Counter(r.masked for r in rollouts if r.masked)
+    if cfg.condition == "grpo":
+        reasons["equal rewards in its group"] = sum(r.group_advantage == 0 for r in rollouts)
+    if reasons.total() < len(rollouts):
         return
-    reasons = Counter(r.masked for r in rollouts).most_common()
-    said = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    rows = run["metrics"][1:]
+    said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
     tqdm.write(paint(f"step {len(rows)} trained on nothing: {said}"))
-    seen = len(rows) * len(rollouts)  # 16 are more than bad luck
-    if all(row["masked"] == 1 for row in rows) and (seen >= 16 or len(rows) == cfg.steps):
+    seen = len(rows) * cfg.problems_per_step  # 16 problems are more than bad luck
+    if all(row["grad_norm"] == 0 for row in rows) and (seen >= 16 or len(rows) == cfg.steps):
         raise UserError(f"nothing to train on in {len(rows)} steps: {said}")
 
 
@@ -687,7 +691,7 @@ def train(cfg, run):
                 rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
                 run["metrics"][-1] |= metrics | summarise(rollouts)
                 log_rollouts(rollouts, step, run, tokenizer)
-                check_masked(rollouts, run, cfg)
+                check_trained(rollouts, run, cfg)
                 bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
                 bar.update()
             if step % cfg.eval_every == 0 or step == cfg.steps:
@@ -697,13 +701,11 @@ def train(cfg, run):
                 with atomic_write(f"{cfg.out}/last.pt") as file:
                     torch.save(run | {"settings": vars(cfg)}, file)
             write_logs(run, cfg)
+        last = f"last: step {cfg.steps} ({run['metrics'][-1]['val_avg']:.1f})"
+        tqdm.write(f"validation Avg, best: step {run['best_step']} ({run['best_avg']:.1f}), {last}")
     finally:
         bar.close()
         lock.release()
-        last = run["metrics"][-1].get("val_avg", math.nan)
-        print(
-            f"best: step {run['best_step']}, validation Avg {run['best_avg']:.1f}; last: {last:.1f}"
-        )
         if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy
             adapters.load_state_dict(run["best_adapters"])
             save_merged(model, tokenizer, f"{cfg.out}/best")
@@ -771,9 +773,9 @@ def fill_in(cfg):
         cfg.critic = cfg.critic or own["critic"]
     missing = [name for name in own if getattr(cfg, name) is None]
     if missing and Path(cfg.model).resolve() != TOY:
-        flags = " ".join("--" + name.replace("_", "-") for name in missing)
-        start = "to start from: --max-new-tokens 512 --lr 1e-5"
-        raise UserError(f"--model {cfg.model} needs {flags}: the defaults are the toy's; {start}")
+        start = {"max_new_tokens": " (start from 512)", "lr": " (start from 1e-5)"}
+        flags = [f"--{name.replace('_', '-')}{start.get(name, '')}" for name in missing]
+        raise UserError(f"--model {cfg.model} needs {' '.join(flags)}: the defaults are the toy's")
     vars(cfg).update({name: own[name] for name in missing})
     cfg.out = cfg.out or f"runs/{cfg.condition}" + (f"-{cfg.seed}" if cfg.seed else "")
     cfg.dtype = cfg.dtype or ("bfloat16" if "cuda" in cfg.device else "float32")

@@ -91,6 +91,11 @@ def small(tiny_folder, world):
     return settings
 
 
+def reward_some(text, answer):
+    """For grpo: a random model solves nothing, and equal rewards train nothing."""
+    return len(text) % 2 == 0
+
+
 def flags(settings):
     return [f"--{n.replace('_', '-')}={v}".removesuffix("=True") for n, v in settings.items()]
 

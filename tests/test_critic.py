@@ -226,8 +226,8 @@ BAD_LINES = {  # a file's first lines -> what is said
     GOOD + "\n\n[1]": "line 3: expected",
     GOOD.replace("p", "\\ud800", 2): "line 1: expected",
     GOOD.replace('"s"', '"\udcff"'): "line 1: expected",  # not UTF-8
-    GOOD.replace('"s"', '" "'): "an empty string",
-    GOOD.replace('"1"', "1"): "line 1: expected",
+    GOOD.replace('"s"', '" "'): "solution must be a string with text",
+    GOOD.replace('"1"', "1"): "line 1: expected.*answer must be a string with text, got 1",
     GOOD + "\n" + GOOD: "duplicate problem, 2 times: 'p'",
 }
 

@@ -140,7 +140,7 @@ def test_the_fingerprint_sees_what_a_model_computes_and_nothing_else(tmp_path):
 def test_the_share_of_the_weights_that_adapters_reach(tmp_path, make_config, capsys):
     cfg = make_config(model=save_family(tmp_path / "moe", "PhimoeForCausalLM", **EXPERTS))
     sd.prepare(cfg, {})
-    assert "adapters reach 14% of its weights" in capsys.readouterr().out
+    assert "LoRA adapts 14% of the weights" in capsys.readouterr().out
     gpt2 = save_family(tmp_path / "gpt2", "GPT2LMHeadModel", transformers.GPT2Config)
     with pytest.raises(UserError, match="no linear layers"):
         sd.prepare(make_config(model=gpt2), {})

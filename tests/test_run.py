@@ -19,7 +19,7 @@ from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
-from conftest import flags, read_lines
+from conftest import flags, read_lines, reward_some
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -62,7 +62,9 @@ def scores(monkeypatch):
 @pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "empty", "quote"])
 def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores, monkeypatch):
     monkeypatch.setitem(sd.CONTEXTS, "quote", lambda r: f"<answer>{r.critique[-12]}</answer>")
-    out, scores[:] = tmp_path / "run", [0, 5, 3]
+    out, scores[:] = tmp_path / "run", [0, 5, 3, 5, 3, 0]
+    if condition == "grpo":
+        monkeypatch.setattr(sd, "is_correct", reward_some)
     assert run(out, condition=condition, test_samples=3)[0] == 0
     metrics = read_lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
@@ -129,6 +131,7 @@ NOTHING = {  # a condition that cannot be trained on -> the reason that is given
     "answer": "3 x the context is None",
     "empty": "3 x the context is None",  # in NO_CRITIC, but it uses the critique
     "reference": "[1-3] x longer than the model's 256 positions",
+    "grpo": "24 x equal rewards in its group",
 }
 
 
@@ -171,9 +174,13 @@ def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp
 
 def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path, world):
     own = ["--model", "some/model", "--data", "all.jsonl"]
-    with pytest.raises(critic.UserError, match="needs --critic --max-new-tokens --lr"):
+    with pytest.raises(
+        critic.UserError, match=r"needs --critic --max-new-tokens .start from 512. --lr .start"
+    ):
         sd.parse_args(own)
-    with pytest.raises(critic.UserError, match="needs --data --lr: the defaults are the toy's"):
+    with pytest.raises(
+        critic.UserError, match=r"needs --data --lr .start from 1e-5.: the defaults are the toy's"
+    ):
         sd.parse_args([*own[:2], "--condition", "grpo", "--max-new-tokens", "9"])
     assert sd.parse_args([*own, "--condition=grpo", "--lr=1", "--max-new-tokens=9"]).critic
     assert [sd.parse_args(["--condition", c]).lr for c in ("grpo", "critique")] == [5e-4, 4e-3]
@@ -275,6 +282,8 @@ def child(n, seconds, argv):
     after_each_operation(lambda: next(operations) == n and os.kill(os.getpid(), signal.SIGKILL))
     if seconds:
         die_in(seconds)
+    if "--condition=grpo" in argv:
+        sd.is_correct = reward_some
     sd.main(argv)
 
 
@@ -322,7 +331,9 @@ def test_a_run_killed_after_any_operation_on_a_file(run, small, tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", ["grpo", "reference", "critique"])
-def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path):
+def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path, monkeypatch):
+    if condition == "grpo":
+        monkeypatch.setattr(sd, "is_correct", reward_some)
     settings = small | {"condition": condition, "steps": 40, "eval_every": 1}
     began = time.process_time()
     assert run(tmp_path / "whole", **settings)[0] == 0
