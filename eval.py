@@ -102,7 +102,7 @@ def rows_of(subjects):
     labels = {}  # {recipe: folder of its first run}
     for run in subjects:
         if run.cfg:
-            recipe = repr(vars(run.cfg) | dict.fromkeys([*sd.OVERRIDES, "seed"]))
+            recipe = repr(vars(run.cfg) | dict.fromkeys(sd.OVERRIDES | {"seed"}))
             rows.setdefault(labels.setdefault(recipe, run.name), []).append(run)
     return rows
 
@@ -377,8 +377,8 @@ def parse_args(argv):
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
-    if args.keep_band and (len(args.subjects) != 1 or args.out in (None, args.data)):
-        parser.error("--keep-band takes one run or model, and an --out other than --data")
+    if args.keep_band and (len(args.subjects) != 1 or not args.out or Path(args.out).exists()):
+        parser.error("--keep-band takes one run or model, and an --out that does not exist yet")
     return args
 
 

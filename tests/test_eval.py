@@ -248,6 +248,7 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
     for band, kept in ("0 0.9", problems[:1]), ("0.1 1", problems[1:]), ("0.1 0.9", []):
         ev.main(["runs/c", *argv[:4], "--out", "kept.jsonl", "--keep-band", *band.split()])
         assert critic.read_problems("kept.jsonl") == kept
+        Path("kept.jsonl").unlink()
 
 
 def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, monkeypatch):
@@ -278,7 +279,7 @@ runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
 runs/c --k 0: --k
 runs/c --data empty.jsonl: no problems
-runs/c --data data.jsonl --keep-band 0.1 0.2 --out data.jsonl: --data"""
+runs/c --data data.jsonl --keep-band 0.1 0.2 --out runs/../data.jsonl: not exist yet"""
 
 
 @pytest.mark.parametrize("case", BAD.split("\n"))
