@@ -59,7 +59,9 @@ def open_subject(name):
     folder = Path(name)
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        raise UserError(f"{name} is no run and no model: it has no config.json")
+        parent = folder if folder.is_dir() else folder.parent
+        runs = " ".join(sorted(str(file.parent) for file in parent.glob("*/metrics.jsonl")))
+        raise UserError(f"{name} is no run and no model; runs in {parent}: {runs or 'none'}")
     if not metrics.exists():
         return Subject(name, name, name)
     try:
@@ -377,6 +379,9 @@ def parse_args(argv):
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
+    for path in filter(None, [args.html, args.json]):
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            parser.error(f"{path} must be a file in an existing folder")
     if args.keep_band and (len(args.subjects) != 1 or not args.out or Path(args.out).exists()):
         parser.error("--keep-band takes one run or model, and an --out that does not exist yet")
     return args
@@ -424,6 +429,8 @@ def main(argv):
         raise UserError(f"{cfg.data} has no problems")
     rows = rows_of(subjects)
     numbers, tables, examples = {}, "", []
+    if rows:
+        print(f"{cfg.k} attempts at each of {len(problems)} problems by", *rows, flush=True)
     scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]

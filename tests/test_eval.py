@@ -258,22 +258,23 @@ def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, mon
         patch.setattr(ev, "score_contexts", scored := Mock(return_value=({}, "", [])))
         more = ["--html", "p.html", "--seed", "5", "--temperature", "0.5"]
         ev.main(["runs/c", *more])
-        subject, problems, _, _, cfg = scored.call_args.args
+        subject, problems, _, cfg = scored.call_args.args
         assert subject.model == tiny_folder and problems == critic.load_problems(world)[2]
         assert (cfg.seed, cfg.temperature, cfg.max_new_tokens) == (5, 0.5, 12)
         ev.main(["runs/c", *more, "--advantages", "runs/g"])
         assert scored.call_args.args[-1].condition == "critique"
-    cfg.seed, cfg.dtype, cfg.teacher_thinking = 2, "bfloat16", True
+    cfg.seed, cfg.dtype, cfg.teacher_thinking, cfg.k = 2, "bfloat16", True, 1
     monkeypatch.setattr(sd, "load_model", load := Mock(wraps=sd.load_model))
     monkeypatch.setattr(sd, "give_context", give := Mock(side_effect=sd.give_context))
-    ev.score_contexts(subject, problems, [], 1, cfg)
+    ev.score_contexts(subject, problems, [], cfg)
     assert [call.args[2] for call in load.call_args_list] == ["bfloat16"] * 2
     assert all(call.args[3] for call in give.call_args_list)
 
 
 BAD = """: a run or a model
 runs/nix: runs/nix is no run
-runs: runs is no run
+runs: runs is no run and no model; runs in runs: runs/broken runs/c runs/c-1 runs/g
+runs/c --html nowhere/p.html: existing folder
 runs/c other: cannot compare runs of different --model or --data
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature

@@ -164,7 +164,8 @@ def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
 def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp_path, capsys):
     run(tmp_path / "run", condition="grpo", steps=1)
     row = "base: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% cut off at --max-new-tokens 12\n"
-    assert re.search(f"{row}WARNING: .* raise --max-new-tokens\nWARNING: no attempt is", run.said)
+    cut_off, noise = "WARNING: .* raise --max-new-tokens\n", "WARNING: .* change SOLVE .*\n"
+    assert re.search(f"{row}{cut_off}{noise}WARNING: no attempt is right", run.said)
     shares = {"reward": 0.1, "formatted": 0.5, "cut_off": 0.1}
     sd.report_base(shares, sd.parse_args([]))
     assert "change SOLVE" in capsys.readouterr().out
