@@ -64,13 +64,14 @@ TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems a
 
 # ================================================================================ prompts
 SOLVE = """\
-Solve the problem below. Write your whole reply in this form, with a step for each calculation:
+Solve the problem below. Write your whole reply as XML in this form, with a step for each
+calculation:
 
 <step_1>...</step_1>
 <step_2>...</step_2>
 <answer>...</answer>
 
-The answer is a number or expression alone. Begin with <step_1> and write nothing outside \
+The answer is a number or expression alone. Begin with <step_1> and write nothing outside
 the tags."""
 HELP = "The following may help. Do not mention it, and answer in the format asked for."
 CRITICISE = """\
