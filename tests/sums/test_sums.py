@@ -3,6 +3,7 @@
 import random
 import re
 import runpy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,8 @@ def test_scribe_other_task():
 
 
 @pytest.mark.parametrize("share", [0, 1])
-def test_only_wrong_values_are_untrained(share):
+def test_only_wrong_values_are_untrained(share, monkeypatch):
+    monkeypatch.delitem(sys.modules, "scribe", raising=False)  # the toy's has the same name
     prepare, tokenizer = runpy.run_path(ROOT / "tests/sums/prepare.py"), byte_tokenizer()
     rng = random.Random(0)
     args = SimpleNamespace(terms=4, digits=3, wrong_share=share)
