@@ -125,15 +125,14 @@ def without_thinking(text):
 
 
 def parse_steps(attempt):
-    """The steps and answers in order. A step ends at the next tag, if that closes any step."""
+    """The steps and answers in order. The next tag ends a step; only </answer> ends an answer."""
     spoken, steps, opening = without_thinking(attempt), [], None
     for tag in TAG.finditer(attempt, spoken.start, spoken.stop):
-        closes, name = tag.groups()
-        # models miscount: <step_3>...</step_4> is step 3; but an answer needs its </answer>
-        if closes and opening and (name == "answer") == (opening[2] == "answer"):
-            text = attempt[opening.end() : tag.start()]
-            steps.append(Step(opening[2], text, start=opening.start(), end=tag.end()))
-        opening = None if closes else tag
+        # models miscount and forget: <step_3>...</step_4> and <step_3>...<step_4> are step 3
+        if opening and (opening[2] != "answer" or tag[0] == "</answer>"):
+            text, end = attempt[opening.end() : tag.start()], tag.end() if tag[1] else tag.start()
+            steps.append(Step(opening[2], text, opening.start(), end))
+        opening = None if tag[1] else tag
     return steps
 
 

@@ -114,7 +114,11 @@ WALK = tagged("ab")
 def test_steps_are_parsed_and_compared():
     for text, found in {
         "<step_1>a</step_1> x <answer>b</answer>": [("step_1", "a"), ("answer", "b")],
-        "<step_1><step_2>b</step_2></step_1>": [("step_2", "b")],
+        "<step_1>a\n<step_2>b<answer>c</answer>": [  # forgotten
+            ("step_1", "a\n"),
+            ("step_2", "b"),
+            ("answer", "c"),
+        ],
         "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
         "<answer>a</step_1> <step_1>b</answer> <step_2>c": [],
         "<think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
@@ -170,6 +174,7 @@ ALIGNED = [  # attempt, critic's reply, what the teacher sees
         "\n\n<answer>9</answer>",
     ),
     ("<step_1>a</step_1>\n\n<step_2>b", WALK, WALK.replace(" ", "\n\n")),  # unfinished
+    *[(text, WALK, text) for text in ["<step_1>a\n<step_2>b\n<answer>9</answer>"]],  # not closed
     ("Sure! <step_1>a</step_1>\tSo <answer>8</answer>", WALK, WALK.replace(" ", "\t")),
     ("<step_1>x</step_1><answer>8</answer>", WALK, WALK.replace(" ", "")),
     ("It is 9", WALK, WALK.replace(" ", "\n")),  # the form that sd.SOLVE shows
