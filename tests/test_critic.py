@@ -120,7 +120,7 @@ def test_steps_are_parsed_and_compared():
             ("answer", "c"),
         ],
         "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
-        "<answer>a</step_1> <step_1>b</answer> <step_2>c": [],
+        "<answer>a</step_1> <step_1>b</answer> <step_2>c": [("step_1", "b")],
         "<think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
             ("step_3", "b")
         ],
@@ -128,7 +128,7 @@ def test_steps_are_parsed_and_compared():
     }.items():
         steps = critic.parse_steps(text)
         assert [(s.name, s.text) for s in steps] == found
-        assert all(text[s.start : s.end].startswith(f"<{s.name}>{s.text}</") for s in steps)
+        assert all(text[s.start : s.end].startswith(f"<{s.name}>{s.text}") for s in steps)
     attempts = [tagged("abc"), "<step_1> a\n</step_1>", tagged("axx"), tagged("abcd")]
     wrong = [critic.first_difference(attempt, tagged("abc")) for attempt in attempts]
     assert wrong[:2] == [None, None] and [s.name for s in wrong[2:]] == ["step_2", "step_4"]
