@@ -49,7 +49,7 @@ def atomic_write(path):
 # ================================================================================ problems
 @dataclass(frozen=True)
 class Problem:
-    problem: str
+    statement: str  # "problem" in the JSONL files
     solution: str  # the reference solution
     answer: str
 
@@ -65,15 +65,14 @@ def read_problems(path):
             continue
         try:
             row = json.loads(line)
-            problem = Problem(row["problem"], row["solution"], row["answer"])
-            for name, text in vars(problem).items():
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError(f"{name} must be a string with text, got {text!r}")
-            "".join(vars(problem).values()).encode()  # a lone surrogate would break a tokenizer
+            for name in ("problem", "solution", "answer"):
+                if not isinstance(row[name], str) or not row[name].strip():
+                    raise ValueError(f"{name} must be a string with text, got {row[name]!r}")
+                row[name].encode()  # a lone surrogate would break a tokenizer
         except Exception as error:  # json raises many types
             wanted = "expected the strings problem, solution and answer"
             raise UserError(f"{path}, line {number}: {wanted}: {error!r}") from None
-        problems.append(problem)
+        problems.append(Problem(row["problem"], row["solution"], row["answer"]))
     return problems
 
 
@@ -89,7 +88,7 @@ def load_problems(path):
         sets = [problems[val:], problems[test:val], problems[:test]]
     if not all(sets):
         raise UserError(f"{path}: too few problems for train, val and test; a single file needs 10")
-    text, count = Counter(p.problem for problems in sets for p in problems).most_common(1)[0]
+    text, count = Counter(p.statement for problems in sets for p in problems).most_common(1)[0]
     if count > 1:
         raise UserError(f"{path}: duplicate problem, {count} times: {text[:60]!r}")
     return sets

@@ -335,7 +335,9 @@ def example(names, attempts, unfolded):
             tokens += f"<span {style}>{escape(a.text[start:end])}</span>"
         rows += f"<details {'open' * (name in unfolded)}><summary>{escape(name)}</summary>"
         rows += f"<div><p>{tokens}</p><p>{escape(a.context or a.masked)}</p></div></details>"
-    title = f"{a.problem.problem} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
+    title = (
+        f"{a.problem.statement} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
+    )
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
@@ -442,7 +444,8 @@ def main(argv):
         low, high = args.keep_band
         averages = list(scores.values())[-1][0, :, 0].tolist()  # the last row is the subject's
         kept = [p for p, a in zip(problems, averages, strict=True) if low <= a / 100 <= high]
-        write(args.out, "".join(f"{json.dumps(vars(p))}\n" for p in kept))
+        rows = [{"problem": p.statement, "solution": p.solution, "answer": p.answer} for p in kept]
+        write(args.out, "".join(f"{json.dumps(row)}\n" for row in rows))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
     if explained:
         unfolded = [s.cfg.condition for s in subjects if s.cfg] or sd.CONTEXTS

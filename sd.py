@@ -86,7 +86,7 @@ from the corrected value to the answer in the student's own way. Do not repeat t
 Write steps in tags, <step_1>...</step_1>, <step_2>...</step_2> and so on, and then the final answer
 in <answer>...</answer>. Write nothing else: no comment, no verdict, no mention of the reference.
 
-Problem: {problem}
+Problem: {statement}
 Reference solution: {solution}
 Right answer: {answer}
 Student's attempt: {attempt}"""
@@ -94,7 +94,7 @@ Student's attempt: {attempt}"""
 
 def solver_message(problem, context=None):
     """The student's message; with a context, the teacher's. One template for both."""
-    return "\n\n".join([SOLVE, problem.problem] + ([HELP, context] if context else []))
+    return "\n\n".join([SOLVE, problem.statement] + ([HELP, context] if context else []))
 
 
 def encode_chats(tokenizer, messages, thinking=False):
@@ -113,7 +113,7 @@ def encode_chats(tokenizer, messages, thinking=False):
 # ================================================================================ conditions
 @dataclass
 class Rollout:
-    problem: critic.Problem  # .problem, .solution (the reference) and .answer, all strings
+    problem: critic.Problem  # .statement, .solution (the reference) and .answer, all strings
     prompt: list[int]  # P token ids
     completion: list[int]  # T token ids as sampled, with any end token; never re-tokenised
     text: str  # the completion, decoded, without end token
@@ -142,13 +142,17 @@ def omit(r):
 # If it needs no critique, add it to NO_CRITIC. tests/toy/README.md lists the toy's words.
 CONTEXTS = {
     "grpo": None,  # no teacher, no context
-    "reference": lambda r: r.problem.solution,
-    "critique": lambda r: r.critique,
-    "answer": lambda r: f"<answer>{r.problem.answer}</answer>",  # from here: ablations, controls
-    "quote": lambda r: f"{r.text} {correction(r.text, r.critique)}",
+    "reference": lambda rollout: rollout.problem.solution,
+    "critique": lambda rollout: rollout.critique,
+    "answer": lambda rollout: (
+        f"<answer>{rollout.problem.answer}</answer>"
+    ),  # from here: ablations, controls
+    "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
     "omit": omit,
-    "shuffled": lambda r: r.other_critique,
-    "empty": lambda r: "",  # the student's prompt: loss 0, no update (without --teacher-thinking)
+    "shuffled": lambda rollout: rollout.other_critique,
+    "empty": lambda rollout: (
+        ""
+    ),  # the student's prompt: loss 0, no update (without --teacher-thinking)
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -428,7 +432,7 @@ def unknown_words(text, tokenizer):
 
 def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
-    tqdm.write(f"\nproblem: {paint(rollout.problem.problem)}, reward {rollout.reward:g}")
+    tqdm.write(f"\nproblem: {paint(rollout.problem.statement)}, reward {rollout.reward:g}")
     if not rollout.context:  # nothing to mark: masked, or a condition without a context
         reason = f" (not trained on: {rollout.masked})" * bool(rollout.masked)
         return tqdm.write(paint(f"attempt{reason}: {rollout.text}"))
@@ -604,7 +608,7 @@ def prepare(cfg, run):
     texts = [problem for part in problems for problem in part]
     prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
     for problem in texts:
-        if words := unknown_words(problem.problem, tokenizer):
+        if words := unknown_words(problem.statement, tokenizer):
             said = f"the model {cfg.model} does not know these words, so pass another --model"
             raise UserError(f"{cfg.data}: {said}: {' '.join(words)}")
     silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
@@ -621,7 +625,7 @@ def prepare(cfg, run):
 
 def log_rollouts(rollouts, step, run, tokenizer):
     """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
-    for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
+    for rollout in sorted(rollouts, key=lambda rollout: rollout.reward)[:3]:
         tokens = [tokenizer.decode(token) for token in rollout.completion]
         if not run["samples"]:
             show(rollout, tokens, tokenizer)

@@ -141,7 +141,7 @@ def bench_trl(count=32, prompt_length=32, length=128, vocabulary=49_152):
             model,
             reward_funcs=lambda completions, **_: [float(len(c) % 2 == 0) for c in completions],
             args=GRPOConfig(**options, max_steps=1, disable_tqdm=True),
-            train_dataset=Dataset.from_list([{"prompt": p.problem} for p in problems]),
+            train_dataset=Dataset.from_list([{"prompt": p.statement} for p in problems]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"),
             rollout_func=lambda prompts, trainer: fixed,
@@ -217,7 +217,7 @@ def bench_fit(argv):
     tokenizer.pad_token_id = tokenizer.pad_token_id or 0
     model.generation_config = GenerationConfig(eos_token_id=[-1], pad_token_id=0)
     optimizer = torch.optim.AdamW(sd.add_adapters(model, cfg.lora_rank, cfg.lora_alpha), lr=cfg.lr)
-    problems = sorted(critic.load_problems(cfg.data)[0], key=lambda p: -len(p.problem))
+    problems = sorted(critic.load_problems(cfg.data)[0], key=lambda p: -len(p.statement))
     problems = list(itertools.islice(itertools.cycle(problems), cfg.problems_per_step))
     walk = tokenizer("1 " * cfg.max_new_tokens, add_special_tokens=False)["input_ids"]
     critique = critic.Critique(tokenizer.decode(walk[: cfg.max_new_tokens]))

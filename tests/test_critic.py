@@ -254,7 +254,7 @@ def test_a_file_is_split_into_disjoint_sets_always_the_same(tmp_path):
         lines = [GOOD.replace('"p"', name) for name in names]
         path.write_text("\n\n".join(lines) + "\n", "utf-8-sig")  # Windows editors add a BOM
         sets = critic.load_problems(path)
-        texts = [f'"{p.problem}"' for problems in sets for p in problems]
+        texts = [f'"{p.statement}"' for problems in sets for p in problems]
         assert [len(problems) for problems in sets] == sizes and sets == critic.load_problems(path)
         assert sorted(texts) == sorted(names) and texts != names
     path.write_text(GOOD)
@@ -266,7 +266,7 @@ def test_a_folder_holds_its_own_split(tmp_path):
     for name in "train", "val", "test":
         (tmp_path / f"{name}.jsonl").write_text(GOOD.replace('"p"', f'"{name}"'))
     sets = critic.load_problems(tmp_path)
-    assert [problem.problem for [problem] in sets] == ["train", "val", "test"]
+    assert [problem.statement for [problem] in sets] == ["train", "val", "test"]
     (tmp_path / "val.jsonl").write_text(GOOD.replace('"p"', '"test"'))
     with pytest.raises(UserError, match="duplicate problem, 2 times: 'test'"):
         critic.load_problems(tmp_path)

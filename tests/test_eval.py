@@ -212,7 +212,10 @@ def runs(tmp_path, small, tiny, monkeypatch):
         (folder / "config.json").write_text(json.dumps(vars(cfg)))
         lines = [{"step": step, "val_avg": 9.0 if step == best else 1.0} for step in (0, 2, 4)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 5}])))
-    problems = [json.dumps(vars(p)) for p in (PROBLEM, Problem("1*5+2*3", RIGHT, "11"))]
+    problems = [
+        json.dumps({"problem": p.statement} | vars(p))
+        for p in (PROBLEM, Problem("1*5+2*3", RIGHT, "11"))
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(problems))
 
     def generate(model, tokenizer, prompts, *settings, title=None):

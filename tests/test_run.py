@@ -88,10 +88,10 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
 
 def test_every_problem_once_an_epoch_and_new_draws_a_step(run, tmp_path, problems, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", seeded := Mock(wraps=torch.manual_seed))
-    texts, orders = [p.problem for p in problems], []
+    texts, orders = [p.statement for p in problems], []
     for name, seed in ("a", 0), ("b", 1), ("c", 1):
         run(tmp_path / name, seed=seed, steps=6, condition="empty", eval_every=6)
-        order = [s["problem"]["problem"] for s in read_lines(tmp_path / name / "samples.jsonl")]
+        order = [s["problem"]["statement"] for s in read_lines(tmp_path / name / "samples.jsonl")]
         assert len(order) == 18  # 6 steps of 3: two epochs of 8 and a bit
         assert set(order[:8]) == set(order[8:16]) == set(texts) and order[:8] != order[8:16]
         orders.append(order[:8])

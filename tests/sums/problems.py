@@ -38,14 +38,17 @@ def draw_problems(args, text: str = TEXT, gap: str = "\n") -> dict[str, list[Pro
     rng, problems = random.Random("problems"), {}
     while len(problems) < sum(SIZES.values()):
         problem = make_problem(draw_terms(rng, args), text, gap)
-        problems[problem.problem] = problem
+        problems[problem.statement] = problem
     rest = iter(problems.values())
     return {name: [next(rest) for _ in range(n)] for name, n in SIZES.items()}
 
 
 def write_problems(sets: dict[str, list[Problem]], folder: Path) -> None:
     for name, problems in sets.items():
-        lines = [json.dumps(vars(problem)) + "\n" for problem in problems]
+        lines = [
+            json.dumps({"problem": problem.statement} | vars(problem)) + "\n"
+            for problem in problems
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 

@@ -102,7 +102,7 @@ def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
     are added: a step that continues correctly from an earlier error is right. The answer is right
     if it repeats the one value that is left.
     """
-    state, verdicts = (read_problem(problem.problem), []), []
+    state, verdicts = (read_problem(problem.statement), []), []
     for step in parse_steps(attempt):
         if step.name == "answer":
             right = [step.text.strip()] == [str(value) for value in state[0] + state[1]]
@@ -127,7 +127,7 @@ def critique(problem, attempt: str) -> str | None:
 
     From there it continues in the way, own or reference, of the last step it read.
     """
-    state, copied, words = (read_problem(problem.problem), []), [], OWN
+    state, copied, words = (read_problem(problem.statement), []), [], OWN
     if not state[0]:
         return None
     for step in parse_steps(attempt):

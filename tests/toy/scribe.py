@@ -118,7 +118,7 @@ def judge(problem, attempt: str) -> list[tuple[int, int] | None]:
     be pending values, right or wrong: a step that follows correctly from an earlier error is
     right. The answer is right if it repeats the only value left.
     """
-    terms, verdicts = read_problem(problem.problem), []
+    terms, verdicts = read_problem(problem.statement), []
     for step in parse_steps(attempt):
         span, calculation = (0, len(step.text)), read_step(step.text)
         if step.name == "answer":
@@ -145,7 +145,7 @@ def critique(problem, attempt: str) -> str | None:
     It then continues in the way, own or reference, that the attempt uses at each step.
     An attempt without a readable step gets an OWN solution.
     """
-    terms, kept_texts, ways, right = read_problem(problem.problem), [], [], True
+    terms, kept_texts, ways, right = read_problem(problem.statement), [], [], True
     for step in parse_steps(attempt):
         calculation = read_step(step.text)
         if step.name == "answer" or not terms:
