@@ -444,8 +444,8 @@ def main(argv):
         low, high = args.keep_band
         averages = list(scores.values())[-1][0, :, 0].tolist()  # the last row is the subject's
         kept = [p for p, a in zip(problems, averages, strict=True) if low <= a / 100 <= high]
-        rows = [{"problem": p.statement, "solution": p.solution, "answer": p.answer} for p in kept]
-        write(args.out, "".join(f"{json.dumps(row)}\n" for row in rows))
+        lines = [json.dumps({"problem": p.statement} | vars(p)) + "\n" for p in kept]
+        write(args.out, "".join(lines))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
     if explained:
         unfolded = [s.cfg.condition for s in subjects if s.cfg] or sd.CONTEXTS
