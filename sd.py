@@ -2,42 +2,57 @@
 
     python sd.py --condition critique
     python sd.py --condition reference --seed 1 --resume
-    python sd.py --model Qwen/Qwen3-0.6B --data all.jsonl --critic http://localhost:8000/v1 ...
+    python sd.py --help
 
 The student writes an attempt at a problem. The teacher is the model that training started from,
-with a *context* in its prompt. It scores every token of that attempt, and the student is trained
-towards its token distributions. After *The Role of Feedback Alignment in Self-Distillation* (Kara &
-Ersoy, arXiv 2606.11173). Conditions differ in context; grpo also in loss, group size and --lr:
+with a *context* in its prompt that knows the answer. It scores every token of the attempt, and the
+student is trained towards its distributions. Which context teaches best? A reference solution takes
+a route of its own, so the teacher disagrees with right tokens, too. A corrected copy of the attempt
+makes it disagree at the error only. This is the thesis of *The Role of Feedback Alignment in
+Self-Distillation* (Kara & Ersoy, arXiv 2606.11173).
 
-    grpo        no teacher; a binary reward, compared within a group of rollouts
-    reference   context: the reference solution, which may take a different route from the student's
-    critique    context: the student's own attempt with its errors corrected by a frozen critic
+One attempt at 1*4+3*6+9*9, scored under both contexts. Beside a token stands its advantage, A_t =
+log π_teacher − log π_student, in nats, if it is at least 1 in size (all without tags):
 
-The parts of a training step, and their functions:
+    teacher sees  product of 9 and 9 is 81, product of 3 and 6 is 18, sum of 81 and 18 is 99, ...
+    reference     1[-1.6] * 4 = 4, 3[-1.7] * 6 = 18, 9[-1.8] * 9 = 18[-11.0],
+                  4[-1.9] + 18 = 22, 22[-2.4] + 18 = 40, 40
 
-    1. rollout      y ~ π_θ(· | x), graded right or wrong                         sample_rollouts
-    2. context      c = CONTEXTS[condition](rollout)                     ask_critic, give_context
-    3. student      log π_θ(· | x, y_<t) at every completion token t     hidden_states, log_probs
-    4. teacher      log π_0(· | x, c, y_<t): adapters off, no gradient   the same two
-    5. advantage    A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t)     token_advantages
-                    how much more the teacher favours token t; logged, not in the loss
-    6. loss         KL(teacher_t ‖ student_t) at every token                                   kl
-       or, in grpo, −A_i log π_θ(y_t) with A_i = (r_i − mean r) / std r         group_advantages
-                    averaged over all tokens that the step trains on         accumulate_gradients
-    7. update       one AdamW step on the LoRA adapters                                train_step
+    teacher sees  1 * 4 = 4, 3 * 6 = 18, 9 * 9 = 81, 4 + 18 = 22, 22 + 81 = 103, 103
+    critique      1 * 4 = 4, 3 * 6 = 18, 9 * 9 = 18[-14.7], 4 + 18 = 22, 22 + 18 = 40, 40
 
-The lesson ends with `train_step`; loading, checkpoints and the flags (`cfg`) follow. Left out:
-ratio clipping, a KL penalty towards a reference policy, a learning-rate schedule, several GPUs.
+Both teachers find the error, 9 * 9 = 18. The first also objects to how each step begins. The steps
+after the error follow from it. `python eval.py --advantages tests/toy --k 1` prints this attempt.
+
+    problem x, attempt y ~ π_θ(· | x), context c; π_0 is the initial model, without gradient
+    student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t)
+    loss         mean over tokens of KL(teacher_t ‖ student_t); its gradient with respect to the
+                 logits is (student_t − teacher_t) / temperature. y is sampled, a constant.
+    grpo's loss  mean over tokens of −A_i log student_t(y_t), A_i = (r_i − mean r) / std r, for the
+                 rewards r_i of a group of attempts. All tokens of an attempt have the same A_i.
+
+A_t is logged and is in no loss: in the policy gradient of reverse KL it stands where A_i does.
+Forward KL (ours) makes the student cover all that the teacher might write; reverse KL, KL(student_t
+‖ teacher_t), makes it drop what the teacher would not write. The mean is over all tokens of a step,
+as in DAPO and in TRL's bnpo; GRPO first took it per attempt. Left out: ratio clipping (there is one
+update per batch, so ratios are 1), a KL penalty, a learning-rate schedule, several GPUs.
+
+The lesson ends with `train`; loading, checkpoints and the flags (`cfg`) follow. Further reading, on
+arXiv: GRPO 2402.03300. GKD, distillation on the student's own samples, 2306.13649. SDPO, from
+feedback to itself, 2601.20802. OPSD, from a reference to itself, 2601.18734. DAPO 2503.14476. LoRA,
+the adapters, 2106.09685.
 
 Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem;
 N completion tokens in a micro-batch, no padding; n of them in a chunk; H hidden size; V vocabulary.
 """
 
+import gc
 import hashlib
 import inspect
 import json
 import math
 import random
+import subprocess
 import sys
 from argparse import SUPPRESS
 from collections import Counter
@@ -58,9 +73,6 @@ from transformers.utils import logging
 
 import critic
 from critic import UserError, atomic_write, correction, first_difference, is_correct, parse_steps
-
-TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems and critic
-
 
 # ================================================================================ prompts
 SOLVE = """\
@@ -97,19 +109,6 @@ def solver_message(problem, context=None):
     return "\n\n".join([SOLVE, problem.statement] + ([HELP, context] if context else []))
 
 
-def encode_chats(tokenizer, messages, thinking=False):
-    """Chat prompts: B messages -> a list of P token ids for each."""
-    unknown = tokenizer.unk_token or "<unk>"  # the one token that cannot be sanitized
-    chats = [[{"role": "user", "content": m.replace(unknown, "< unk>")}] for m in messages]
-    # A template that prints today's date gets a fixed one: prompts must not change overnight.
-    date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
-    template = date + tokenizer.get_chat_template()
-    # sanitize_control_tokens: an <|im_start|> in a message is encoded as plain text
-    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
-    options |= {"enable_thinking": thinking, "thinking": thinking}  # Qwen's switch, Granite's
-    return tokenizer.apply_chat_template(chats, chat_template=template, **options)
-
-
 # ================================================================================ conditions
 @dataclass
 class Rollout:
@@ -117,7 +116,7 @@ class Rollout:
     prompt: list[int]  # P token ids
     completion: list[int]  # T token ids as sampled, with any end token; never re-tokenised
     text: str  # the completion, decoded, without end token
-    reward: float  # 1 right, 0 wrong
+    reward: float  # r_i: 1 right, 0 wrong
     cut_off: bool = False  # max_new_tokens came before an end token
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
@@ -129,107 +128,42 @@ class Rollout:
     advantages: list[float] = field(default_factory=list)  # A_t of each token; empty in grpo
 
 
-def omit(r):
-    """Verdicts and a fix: "Step 1 is correct. Step 2 is wrong. Correct: <step_2>...</step_2>"."""
-    wrong = first_difference(r.text, r.critique)  # first step that the critique changes
-    right = parse_steps(r.text[: wrong.start] if wrong else r.text)
+def omit(rollout):
+    """A verdict on each step and a correction, without the attempt."""
+    attempt, critique = rollout.text, rollout.critique
+    wrong = first_difference(attempt, critique)  # first step that the critique changes
+    right = parse_steps(attempt[: wrong.start] if wrong else attempt)
     verdicts = [f"{step.title} is correct." for step in right]
-    return " ".join([*verdicts, correction(r.text, r.critique)])  # or "... Every step is correct."
+    return " ".join([*verdicts, correction(attempt, critique)])  # or "... Every step is correct."
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
 # If it needs no critique, add it to NO_CRITIC. tests/toy/README.md lists the toy's words.
+# Examples for the attempt  1: 2 * 3 = 6  2: 4 * 5 = 21  3: 6 + 21 = 27  answer: 27  (tags cut)
 CONTEXTS = {
-    "grpo": None,  # no teacher, no context
+    "grpo": None,  # no teacher
+    # 1: product of 4 and 5 is 20  2: product of 2 and 3 is 6  3: sum of 20 and 6 is 26  answer: 26
     "reference": lambda rollout: rollout.problem.solution,
+    # 1: 2 * 3 = 6  2: 4 * 5 = 20  3: 6 + 20 = 26  answer: 26
     "critique": lambda rollout: rollout.critique,
-    "answer": lambda rollout: (
-        f"<answer>{rollout.problem.answer}</answer>"
-    ),  # from here: ablations, controls
+    # answer: 26  (from here ablations and controls)
+    "answer": lambda rollout: f"<answer>{rollout.problem.answer}</answer>",
+    # 1: 2 * 3 = 6  2: 4 * 5 = 21 ... answer: 27  Step 2 is wrong. Correct: 2: 4 * 5 = 20
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
-    "omit": omit,
-    "shuffled": lambda rollout: rollout.other_critique,
-    "empty": lambda rollout: (
-        ""
-    ),  # the student's prompt: loss 0, no update (without --teacher-thinking)
+    "omit": omit,  # Step 1 is correct. Step 2 is wrong. Correct: 2: 4 * 5 = 20
+    "shuffled": lambda rollout: rollout.other_critique,  # of an attempt at another problem
+    "empty": lambda rollout: "",  # the student's prompt: loss 0 (without --teacher-thinking)
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
-
-
-# ================================================================================ adapters
-class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer W and an update of rank r, with A and B in fp32."""
-
-    enabled = True  # one switch for all layers. Off: the teacher, without a second network
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__()
-        self.linear, self.scale = linear, alpha / rank
-        self.weight, self.bias = linear.weight, linear.bias  # some models read them
-        outputs, inputs = linear.weight.shape
-        self.A = nn.Parameter(linear.weight.new_empty(rank, inputs, dtype=torch.float32))
-        # B starts at zero: the student starts as the teacher
-        self.B = nn.Parameter(linear.weight.new_zeros(outputs, rank, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-
-    def forward(self, x):
-        y = self.linear(x)
-        if self.enabled:
-            y = y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return y
-
-
-def add_adapters(model, rank, alpha):
-    """Freezes the model, adapts each linear layer of its blocks and returns the new parameters."""
-    model.requires_grad_(False)
-    decoder = model.get_decoder()  # without output layer or vision tower
-    for name, layer in list(decoder.named_modules()):
-        if type(layer) is nn.Linear:  # a subclass may be a router, with other outputs
-            decoder.set_submodule(name, LoRALinear(layer, rank, alpha))
-    return nn.ParameterList(p for p in model.parameters() if p.requires_grad)
-
-
-@contextmanager
-def adapters_off():
-    """Inside, the model is the teacher: the initial policy, bit for bit."""
-    LoRALinear.enabled = False
-    try:
-        yield
-    finally:
-        LoRALinear.enabled = True
 
 
 # ================================================================================ 1. rollouts
 def group_advantages(rewards):
     """GRPO's A_i = (r_i − mean r) / std r: [problems, G] -> same shape; 0 where all r_i agree."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    std = rewards.std(-1, correction=0, keepdim=True)  # population std: divides by G
-    return torch.where(std > 0, centred / std, 0.0)
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
-    """One completion of each prompt, up to and including the first end token: B lists of T ids."""
-    end_ids = model.generation_config.eos_token_id  # a list: see load_model
-    # Full softmax, as in scoring: no top-k; load_model resets the rest. Temperature 0 is greedy.
-    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
-    completions, starts = [], range(0, len(prompts), batch_size)
-    for start in tqdm(starts, "sampling", leave=False, disable=len(starts) == 1):
-        batch = {"input_ids": prompts[start : start + batch_size]}
-        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
-        for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            # Cut after the first end token. Don't look for padding: pad may be the end token.
-            length = next((t + 1 for t, token in enumerate(row) if token in end_ids), len(row))
-            completions.append(row[:length])
-    return completions
-
-
-def completion_text(model, tokenizer, completion):
-    """The text of T token ids, without the end token. Special tokens stay: one may be <answer>."""
-    end_ids = model.generation_config.eos_token_id
-    return tokenizer.decode([token for token in completion if token not in end_ids])
+    agree = (rewards == rewards[:, :1]).all(-1, keepdim=True)
+    std = rewards.std(-1, unbiased=False, keepdim=True)  # population std: divides by G
+    return torch.where(agree, 0.0, (rewards - rewards.mean(-1, keepdim=True)) / std)
 
 
 def sample_rollouts(model, tokenizer, problems, group_size, cfg):
@@ -240,7 +174,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
         text = completion_text(model, tokenizer, completion)
-        reward = float(is_correct(text, problem.answer))
+        reward = float(is_correct(text, problem.answer))  # "...<answer>0.5</answer>", "1/2": 1.0
         cut_off = completion[-1] not in model.generation_config.eos_token_id
         rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
@@ -281,6 +215,38 @@ def give_context(rollout, condition, tokenizer, thinking):
 
 
 # ================================================================================ 3, 4. scoring
+class LoRALinear(nn.Module):
+    """W x + (α/r) B A x: a frozen linear layer W and an update of rank r, with A and B in fp32."""
+
+    enabled = True  # one switch for all layers. Off: the teacher, without a second network
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias  # some models read them
+        outputs, inputs = linear.weight.shape
+        self.A = nn.Parameter(linear.weight.new_empty(rank, inputs, dtype=torch.float32))
+        # B starts at zero: the student starts as the teacher
+        self.B = nn.Parameter(linear.weight.new_zeros(outputs, rank, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.enabled:
+            y = y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return y
+
+
+@contextmanager
+def adapters_off():
+    """Inside, the model is the teacher: the initial policy, bit for bit."""
+    LoRALinear.enabled = False
+    try:
+        yield
+    finally:
+        LoRALinear.enabled = True
+
+
 def hidden_states(model, prompts, completions):
     """Last-layer states at the positions that predict the completion tokens: [N, H]."""
     sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
@@ -294,19 +260,18 @@ def hidden_states(model, prompts, completions):
 def log_probs(model, states, temperature):
     """log π at the sampling temperature, fp32: [n, H] -> [n, V]. The output layer has no LoRA."""
     logits = model.get_output_embeddings()(states).float()
-    config = vars(model.config.get_text_config())
-    scale = (config.get("logit_scale") or 1) / (config.get("logits_scaling") or 1)
-    if cap := config.get("final_logit_softcapping"):
+    config = model.config.get_text_config()  # some models scale their logits, some cap them
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return F.log_softmax(logits / (temperature / scale), dim=-1)
 
 
 # ================================================================================ 5, 6. losses
 def token_advantages(student, teacher, tokens):
-    """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n].
+    """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n], nats.
 
-    In nats. Positive: the teacher favours this token more than the student does. A_t is
-    the advantage in reverse KL's policy gradient: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
+    The advantage in reverse KL's policy gradient: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -331,40 +296,39 @@ DIVERGENCES = {"forward_kl": lambda s, t: kl(t, s), "reverse_kl": kl, "jsd": jsd
 
 
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
-    """Adds a micro-batch's share to the step's gradient. Returns its share of the loss."""
+    """Adds a micro-batch's share to the step's gradient. Returns its share of (loss, entropy)."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
-    if cfg.condition == "grpo":
-        token_rewards = [r.group_advantage for r in rollouts for _ in r.completion]
-        token_rewards = torch.tensor(token_rewards, device=model.device)  # each token's A_i: [N]
-    else:
+    if cfg.condition != "grpo":
         prompts = [r.teacher_prompt for r in rollouts]
         with torch.no_grad(), adapters_off():
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
+    token_rewards = [r.group_advantage for r in rollouts for _ in r.completion]
+    token_rewards = torch.tensor(token_rewards, device=model.device)  # each token's A_i: [N]
 
     # Logits of all N tokens may not fit in memory. So backward has two stages: from each chunk's
     # loss to its hidden states, then once from all hidden states into the network.
     chunks = [states.detach().requires_grad_() for states in student_states.split(cfg.chunk)]
-    loss, advantages = 0.0, []
+    loss, entropy, advantages = 0.0, 0.0, []
     for number, states in enumerate(chunks):  # [n, H]
         here = slice(number * cfg.chunk, (number + 1) * cfg.chunk)
         student = log_probs(model, states, cfg.temperature)  # [n, V]
-        if cfg.condition == "grpo":
-            # −A_i log π_θ(y_t). One update per batch, so ratios are 1: there is nothing to clip
-            losses = -token_rewards[here] * student.gather(-1, tokens[here, None])[:, 0]
-        else:
+        if cfg.condition == "grpo":  # −A_i log π_θ(y_t)
+            losses = -token_rewards[here] * student.gather(-1, tokens[here, None])[:, 0]  # [n]
+        else:  # D(teacher, student); A_t is logged, not trained on
             teacher = log_probs(model, teacher_states[here], cfg.temperature)  # [n, V]
-            losses = DIVERGENCES[cfg.divergence](student, teacher)
-            # A_t is logged, not trained on
+            losses = DIVERGENCES[cfg.divergence](student, teacher)  # [n]
             advantages += token_advantages(student, teacher, tokens[here]).tolist()
         (losses.sum() / step_tokens).backward()
         loss += losses.sum().item() / step_tokens
+        student = student.detach()
+        entropy -= (student.exp() * student).sum().item() / step_tokens
     student_states.backward(torch.cat([states.grad for states in chunks]))
     for rollout in rollouts:
         length = len(rollout.completion)
         rollout.advantages, advantages = advantages[:length], advantages[length:]
-    return loss
+    return loss, entropy
 
 
 # ================================================================================ 7. training step
@@ -379,19 +343,116 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     trained = [r for r in rollouts if not r.masked]
     # A mean over all trained tokens of the step: the gradient does not depend on micro_batch.
     step_tokens = sum(len(r.completion) for r in trained)
-    loss = 0.0
+    loss, entropy = 0.0, 0.0
     for start in range(0, len(trained), cfg.micro_batch):
         batch = trained[start : start + cfg.micro_batch]
-        loss += accumulate_gradients(model, batch, step_tokens, cfg)
+        share = accumulate_gradients(model, batch, step_tokens, cfg)
+        loss, entropy = loss + share[0], entropy + share[1]
     grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
     if not math.isfinite(loss + grad_norm):
         raise UserError(f"loss {loss}, gradient norm {grad_norm:g}: stopped; try a lower --lr")
     optimizer.step()  # without a rollout to train on, gradients are None and this does nothing
     optimizer.zero_grad()
-    return rollouts, {"loss": loss, "grad_norm": grad_norm.item()}
+    return rollouts, {"loss": loss, "grad_norm": grad_norm.item(), "entropy": entropy}
+
+
+# ================================================================================ 8. training loop
+
+
+def validate(model, tokenizer, problems, step, cfg):
+    """Avg@k and Pass@k of k = val_samples attempts at each validation problem, in percent."""
+    torch.manual_seed(1)  # the same random draws every time
+    rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
+    metrics = summarise(rollouts)
+    if step == 0:
+        report_base(metrics, cfg)
+    passed = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.val_samples).amax(-1)
+    return {"val_avg": 100 * metrics["reward"], "val_pass": 100 * passed.mean().item()}
+
+
+def train(cfg, run):
+    """Trains for cfg.steps steps. `run` is what a checkpoint holds: see open_run."""
+    (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
+    ask = None if cfg.condition in NO_CRITIC else open_critic(cfg, model, tokenizer)
+    torch.manual_seed(cfg.seed)
+    adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
+    optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
+    with run_folder(cfg, run, model, tokenizer, adapters, optimizer) as bar:
+        first = len(run["metrics"])  # a row per step; 0 in a new run
+        for step, problems in enumerate(draw_batches(train_set, cfg)[first:], first):
+            row = {"step": step}
+            run["metrics"].append(row)
+            if step > 0:  # step 0 only validates the base
+                torch.manual_seed(1_000_003 * cfg.seed + step)  # a resumed run draws the same
+                rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
+                row |= metrics | summarise(rollouts)
+                log_rollouts(rollouts, run, tokenizer, cfg)
+                bar.set_postfix(loss=row["loss"], best_avg=run["best_avg"])
+                bar.update()
+            if step % cfg.eval_every == 0 or step == cfg.steps:
+                bar.set_postfix_str(f"validation of step {step}")
+                row |= validate(model, tokenizer, val_set, step, cfg)
+                save_checkpoint(adapters, optimizer, run, cfg)
+            write_logs(run, cfg)
 
 
 # ================================================================================ end of the lesson
+def encode_chats(tokenizer, messages, thinking=False):
+    """Chat prompts: B messages -> a list of P token ids for each."""
+    unknown = tokenizer.unk_token or "<unk>"  # the one token that cannot be sanitized
+    chats = [[{"role": "user", "content": m.replace(unknown, "< unk>")}] for m in messages]
+    # A template that prints today's date gets a fixed one: prompts must not change overnight.
+    date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+    template = date + tokenizer.get_chat_template()
+    # sanitize_control_tokens: an <|im_start|> in a message is encoded as plain text
+    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+    options |= {"enable_thinking": thinking, "thinking": thinking}  # Qwen's switch, Granite's
+    return tokenizer.apply_chat_template(chats, chat_template=template, **options)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature):
+    """One completion of each prompt, up to and including the first end token: B lists of T ids."""
+    end_ids = model.generation_config.eos_token_id  # a list: see load_model
+    # Full softmax, as in scoring: no top-k; load_model resets the rest. Temperature 0 is greedy.
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
+    completions, starts = [], range(0, len(prompts), batch_size)
+    for start in tqdm(starts, "sampling", leave=False, disable=len(starts) == 1):
+        batch = {"input_ids": prompts[start : start + batch_size]}
+        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            # Cut after the first end token. Don't look for padding: pad may be the end token.
+            length = next((t + 1 for t, token in enumerate(row) if token in end_ids), len(row))
+            completions.append(row[:length])
+    return completions
+
+
+def completion_text(model, tokenizer, completion):
+    """The text of T token ids, without the end token. Special tokens stay: one may be <answer>."""
+    end_ids = model.generation_config.eos_token_id
+    return tokenizer.decode([token for token in completion if token not in end_ids])
+
+
+def add_adapters(model, rank, alpha):
+    """Freezes the model, adapts each linear layer of its blocks and returns the new parameters."""
+    model.requires_grad_(False)
+    decoder = model.get_decoder()  # without output layer or vision tower
+    for name, layer in list(decoder.named_modules()):
+        if type(layer) is nn.Linear:  # a subclass may be a router, with other outputs
+            decoder.set_submodule(name, LoRALinear(layer, rank, alpha))
+    return nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+
+
+def draw_batches(problems, cfg):
+    """The problems of each step, reshuffled every epoch. Step 0 has none."""
+    rng, order, size = random.Random(cfg.seed), [], cfg.problems_per_step
+    while len(order) < cfg.steps * size:
+        order += rng.sample(problems, len(problems))
+    return [[]] + [order[i : i + size] for i in range(0, cfg.steps * size, size)]
+
+
+# ================================================================================ what is printed
 def summarise(rollouts):
     """Means over the rollouts, {metric: number}; without critiques, those of critiques are missing.
 
@@ -406,7 +467,8 @@ def summarise(rollouts):
         "formatted": [critic.last_answer(r.text) != "" for r in rollouts],
         "cut_off": [r.cut_off for r in rollouts],
         "masked": [r.masked != "" for r in rollouts],
-        "advantage": [a for r in rollouts for a in r.advantages],
+        "token_advantage": [a for r in rollouts for a in r.advantages],  # A_t
+        "group_advantage": [abs(r.group_advantage) for r in rollouts],  # |A_i|
         "critic_failed": [r.feedback.failure != "" for r in rollouts],
         "aligned": [critique.aligned for critique in critiques],
         "dropped": [critique.dropped for critique in critiques],
@@ -447,6 +509,44 @@ def show(rollout, tokens, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
 
+def log_rollouts(rollouts, run, tokenizer, cfg):
+    """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
+    for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
+        tokens = [tokenizer.decode(token) for token in rollout.completion]
+        if not run["samples"]:
+            show(rollout, tokens, tokenizer)
+        step = run["metrics"][-1]["step"]
+        run["samples"].append({"step": step, "tokens": tokens} | asdict(rollout))
+    check_trained(rollouts, run["metrics"][1:], cfg)
+
+
+def check_trained(rollouts, rows, cfg):
+    """Says why the last step trained on nothing. Ends a run whose first steps all did."""
+    if rows[-1]["grad_norm"] > 0:
+        return
+    agree = "equal rewards in its group" if cfg.condition == "grpo" else "the teacher agrees"
+    reasons = Counter(rollout.masked or agree for rollout in rollouts)
+    said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    tqdm.write(paint(f"step {len(rows)} trained on nothing: {said}"))
+    seen = len(rows) * cfg.problems_per_step  # 16 problems are more than bad luck
+    if all(row["grad_norm"] == 0 for row in rows) and (seen >= 16 or len(rows) == cfg.steps):
+        raise UserError(f"nothing to train on in {len(rows)} steps: {said}")
+
+
+def report_base(metrics, cfg):
+    """Prints how the base copes with the prompt, and what to change if it does not."""
+    shares = "Avg {:.1f}, {:.0f}% have a closed <answer>, {:.0f}% cut off at --max-new-tokens {}"
+    percent = [100 * metrics[name] for name in ("reward", "formatted", "cut_off")]
+    tqdm.write("base: " + shares.format(*percent, cfg.max_new_tokens))
+    if metrics["cut_off"] > 0.2:
+        tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
+    if metrics["formatted"] < 0.6:
+        tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
+    if metrics["reward"] == 0:
+        tqdm.write("WARNING: no attempt is right; grpo needs some: take easier problems")
+
+
+# ================================================================================ loading
 @torch.no_grad()
 def scoring_error(model, tokenizer, prompts):
     """Mean difference, in nats, between the log-probs we score and those generation draws from.
@@ -535,6 +635,7 @@ def open_critic(cfg, model, tokenizer):
     return critic.cached(complete, [model.fingerprint, cfg.critic_max_tokens])  # ask()
 
 
+# ================================================================================ the run's folder
 # Settings that may change on resume. On another kind of device the random draws differ.
 OVERRIDES = {"out", "resume", "device", "micro_batch", "chunk", "critic_batch", "test_samples"}
 
@@ -572,6 +673,17 @@ def write_logs(run, cfg):
         Path(f"{cfg.out}/{name}.jsonl").write_text("".join(lines))
 
 
+def save_checkpoint(adapters, optimizer, run, cfg):
+    """Writes last.pt, and keeps the adapters if they are the best on validation so far."""
+    row = run["metrics"][-1]
+    if row["val_avg"] > run["best_avg"]:
+        run |= {"best_avg": row["val_avg"], "best_step": row["step"]}
+        run["best_adapters"] = {k: v.clone() for k, v in adapters.state_dict().items()}
+    run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
+    with atomic_write(f"{cfg.out}/last.pt") as file:
+        torch.save(run | {"settings": vars(cfg)}, file)
+
+
 @torch.no_grad()
 def save_merged(model, tokenizer, folder):
     """Saves the model with its adapters merged, in fp32: bf16 would round most updates away."""
@@ -583,14 +695,6 @@ def save_merged(model, tokenizer, folder):
             model.set_submodule(name, layer.linear)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def draw_batches(problems, cfg):
-    """The problems of each step, reshuffled every epoch. Step 0 has none."""
-    rng, order, size = random.Random(cfg.seed), [], cfg.problems_per_step
-    while len(order) < cfg.steps * size:
-        order += rng.sample(problems, len(problems))
-    return [[]] + [order[i : i + size] for i in range(0, cfg.steps * size, size)]
 
 
 def prepare(cfg, run):
@@ -623,89 +727,19 @@ def prepare(cfg, run):
     return problems, model, tokenizer
 
 
-def log_rollouts(rollouts, step, run, tokenizer):
-    """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
-    for rollout in sorted(rollouts, key=lambda rollout: rollout.reward)[:3]:
-        tokens = [tokenizer.decode(token) for token in rollout.completion]
-        if not run["samples"]:
-            show(rollout, tokens, tokenizer)
-        run["samples"].append({"step": step, "tokens": tokens} | asdict(rollout))
-
-
-def report_base(metrics, cfg):
-    """Prints how the base copes with the prompt, and what to change if it does not."""
-    shares = "Avg {:.1f}, {:.0f}% have a closed <answer>, {:.0f}% cut off at --max-new-tokens {}"
-    percent = [100 * metrics[name] for name in ("reward", "formatted", "cut_off")]
-    tqdm.write("base: " + shares.format(*percent, cfg.max_new_tokens))
-    if metrics["cut_off"] > 0.2:
-        tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
-    if metrics["formatted"] < 0.6:
-        tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
-    if metrics["reward"] == 0:
-        tqdm.write("WARNING: no attempt is right; grpo needs some: take easier problems")
-
-
-def check_trained(rollouts, run, cfg):
-    """Says why a step trained on nothing. Ends a run whose first steps all did."""
-    reasons = Counter(r.masked for r in rollouts if r.masked)
-    if cfg.condition == "grpo":
-        reasons["equal rewards in its group"] = sum(r.group_advantage == 0 for r in rollouts)
-    if reasons.total() < len(rollouts):
-        return
-    rows = run["metrics"][1:]
-    said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-    tqdm.write(paint(f"step {len(rows)} trained on nothing: {said}"))
-    seen = len(rows) * cfg.problems_per_step  # 16 problems are more than bad luck
-    if all(row["grad_norm"] == 0 for row in rows) and (seen >= 16 or len(rows) == cfg.steps):
-        raise UserError(f"nothing to train on in {len(rows)} steps: {said}")
-
-
-def validate(model, tokenizer, problems, adapters, run, cfg):
-    """Adds val_avg to the last row of metrics. Keeps the adapters if they are the best."""
-    torch.manual_seed(1)  # the same random draws every time
-    rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
-    row, metrics = run["metrics"][-1], summarise(rollouts)
-    row["val_avg"] = 100 * metrics["reward"]
-    if row["step"] == 0:
-        report_base(metrics, cfg)
-    if row["val_avg"] > run["best_avg"]:
-        run |= {"best_avg": row["val_avg"], "best_step": row["step"]}
-        run["best_adapters"] = {k: v.clone() for k, v in adapters.state_dict().items()}
-
-
-def train(cfg, run):
-    """Trains, resuming from the run's last checkpoint if any, and saves the best model."""
-    (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
-    ask = None if cfg.condition in NO_CRITIC else open_critic(cfg, model, tokenizer)
+@contextmanager
+def run_folder(cfg, run, model, tokenizer, adapters, optimizer):
+    """Restores a checkpoint, locks the folder, and saves the best model however training ends."""
     lock = FileLock(f"{cfg.out}/lock")  # of one process at a time; makes the folder, too
     lock.acquire(timeout=0)
-    torch.manual_seed(cfg.seed)
-    adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
-    optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
-    first = len(run["metrics"])  # it has one row per step; step 0 only validates the base
-    if first:
+    done = max(0, len(run["metrics"]) - 1)
+    if run["metrics"]:
         adapters.load_state_dict(run["adapters"])
         optimizer.load_state_dict(run["optimizer"])
         write_logs(run, cfg)  # the files may be older or newer than the checkpoint
-    bar = tqdm(total=cfg.steps, initial=max(first - 1, 0), desc=cfg.condition)
+    bar = tqdm(total=cfg.steps, initial=done, desc=cfg.condition)
     try:
-        for step, problems in enumerate(draw_batches(train_set, cfg)[first:], first):
-            run["metrics"].append({"step": step})
-            if problems:
-                torch.manual_seed(1_000_003 * cfg.seed + step)  # so no RNG state is saved
-                rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
-                run["metrics"][-1] |= metrics | summarise(rollouts)
-                log_rollouts(rollouts, step, run, tokenizer)
-                check_trained(rollouts, run, cfg)
-                bar.set_postfix(loss=metrics["loss"], best_avg=run["best_avg"])
-                bar.update()
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                bar.set_postfix_str(f"validation of step {step}")
-                validate(model, tokenizer, val_set, adapters, run, cfg)
-                run |= {"adapters": adapters.state_dict(), "optimizer": optimizer.state_dict()}
-                with atomic_write(f"{cfg.out}/last.pt") as file:
-                    torch.save(run | {"settings": vars(cfg)}, file)
-            write_logs(run, cfg)
+        yield bar
         last = f"last: step {cfg.steps} ({run['metrics'][-1]['val_avg']:.1f})"
         tqdm.write(f"validation Avg, best: step {run['best_step']} ({run['best_avg']:.1f}), {last}")
     finally:
@@ -714,6 +748,10 @@ def train(cfg, run):
         if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy
             adapters.load_state_dict(run["best_adapters"])
             save_merged(model, tokenizer, f"{cfg.out}/best")
+
+
+# ================================================================================ flags
+TOY = Path(__file__).resolve().parent / "tests/toy"  # default model, problems and critic
 
 
 @dataclass
@@ -755,7 +793,7 @@ class Settings:
 def parse_args(argv, defaults=None):
     """The settings, one flag each: --val-samples is val_samples. Raises UserError."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__.partition("The parts")[0] + inspect.getsource(Settings))
+        print(__doc__.partition("An attempt at")[0] + inspect.getsource(Settings))
         sys.exit()
     parser = HfArgumentParser(Settings, usage=SUPPRESS, allow_abbrev=False)
     parser.set_defaults(**defaults or {})
@@ -808,12 +846,16 @@ def command_line(program):
 def main(argv):
     with command_line("sd.py"):
         cfg, run = open_run(argv)
-        print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv)
+        print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv, flush=True)
         train(cfg, run)
-    if cfg.test_samples:
-        import eval as test  # prints the table; imported here because it imports this file
-
-        test.main([cfg.out, "--k", str(cfg.test_samples), "--json", f"{cfg.out}/result.json"])
+        if cfg.test_samples:  # by eval.py, in a process of its own: training's memory is free
+            run.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+            test = [sys.executable, Path(__file__).with_name("eval.py"), cfg.out]
+            test += ["--k", str(cfg.test_samples), "--json", f"{cfg.out}/result.json"]
+            if status := subprocess.call(test):
+                sys.exit(status)
 
 
 if __name__ == "__main__":

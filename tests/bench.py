@@ -107,7 +107,8 @@ def bench_loss(positions=2048, hidden=1024, vocabulary=151_936):
     """The real code on a model that is an output layer only: its hidden states are given."""
     torch.manual_seed(0)
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(False)
-    model = SimpleNamespace(device="cpu", get_output_embeddings=lambda: head)
+    config = SimpleNamespace(get_text_config=lambda: None)
+    model = SimpleNamespace(device="cpu", get_output_embeddings=lambda: head, config=config)
     states = torch.randn(positions, hidden)
     sd.hidden_states = lambda *_: states.clone().requires_grad_(torch.is_grad_enabled())
     rollout = sd.Rollout(None, [], [0] * positions, "", 0.0)

@@ -1,6 +1,7 @@
 """Shared by all tests: tiny random models, small problem sets, whole runs; no downloads."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -128,8 +129,8 @@ def run(small, capsys, monkeypatch):
         start.said, error = capsys.readouterr()
         return status, error
 
-    start.test = Mock()
-    monkeypatch.setitem(sys.modules, "eval", start.test)
+    start.test = Mock(return_value=0)
+    monkeypatch.setattr(subprocess, "call", start.test)
     return start
 
 

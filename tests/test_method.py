@@ -242,12 +242,13 @@ def test_a_steps_gradient_against_plain_autograd(divergence, step):
 
     settings = {"condition": "critique", "divergence": divergence, "temperature": 1.5}
     moved, rollouts, metrics, (model, adapters) = step(ask, **settings)
-    total, advantages = 0.0, []
+    total, entropy, advantages = 0.0, 0.0, []
     for r in rollouts[1:]:
         student = plain_log_probs(model, r.prompt, r.completion, 1.5)
         with torch.no_grad(), sd.adapters_off():
             teacher = plain_log_probs(model, r.teacher_prompt, r.completion, 1.5)
         total += textbook(divergence, student, teacher).sum()
+        entropy += Categorical(logits=student).entropy().sum().item()
         own = [(teacher[t, y] - student[t, y]).item() for t, y in enumerate(r.completion)]
         assert r.advantages == pytest.approx(own, abs=1e-4)
         advantages += own
@@ -256,8 +257,16 @@ def test_a_steps_gradient_against_plain_autograd(divergence, step):
     expected = {"loss": loss.item(), "grad_norm": moved.norm().item(), "length": 11 / 4}
     expected |= {"reward": 1 / 4, "masked": 1 / 4, "critic_failed": 1 / 4, "formatted": 0}
     expected |= {"cut_off": 1 / 2, "aligned": 0, "step_changed": 1, "dropped": 0}  # no steps
-    expected["advantage"] = sum(advantages) / len(advantages)
+    expected |= {"entropy": entropy / len(advantages), "group_advantage": 0}
+    expected["token_advantage"] = sum(advantages) / len(advantages)
     assert metrics == pytest.approx(expected, rel=1e-3) and not rollouts[0].advantages
+
+
+def test_equal_rewards_are_an_advantage_of_exactly_zero():
+    rewards = torch.tensor([[0.1] * 7, [0.1, 0.3, 0.5, 0.7, 0.9, 0.9, 0.1]])  # partial credit
+    flat, graded = sd.group_advantages(rewards)
+    z = (rewards[1].double() - rewards[1].double().mean()) / rewards[1].double().std(correction=0)
+    assert not flat.any() and torch.allclose(graded.double(), z, atol=1e-5)
 
 
 def test_grpos_gradient_against_plain_autograd_clipped_to_its_norm(step):
@@ -273,6 +282,7 @@ def test_grpos_gradient_against_plain_autograd_clipped_to_its_norm(step):
     norm = gradient.norm().item()
     torch.testing.assert_close(moved, gradient * 0.01 / norm, atol=1e-6, rtol=1e-3)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3) and metrics["masked"] == 0
+    assert metrics["group_advantage"] == pytest.approx(math.sqrt(3) / 2)  # the mean of |A_i|
 
 
 @pytest.mark.parametrize("condition", sd.CONTEXTS)

@@ -1,6 +1,7 @@
 """Whole runs of sd.py on a tiny random model: order, checkpoints, kills, and bad input."""
 
 import builtins
+import gc
 import io
 import itertools
 import json
@@ -59,19 +60,24 @@ def scores(monkeypatch):
 
 
 # ------------------------------------------------------------------------ what a run leaves
-@pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "empty", "quote"])
+@pytest.mark.parametrize("condition", ["grpo", "reference", "critique", "quote"])
 def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores, monkeypatch):
     monkeypatch.setitem(sd.CONTEXTS, "quote", lambda r: f"<answer>{r.critique[-12]}</answer>")
     out, scores[:] = tmp_path / "run", [0, 5, 3, 5, 3, 0]
     if condition == "grpo":
         monkeypatch.setattr(sd, "is_correct", reward_some)
+
+    def test(command):  # the trained model's memory is free by then
+        assert not any(isinstance(thing, sd.LoRALinear) for thing in gc.get_objects())
+        return 0
+
+    run.test.side_effect = test
     assert run(out, condition=condition, test_samples=3)[0] == 0
     metrics = read_lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "val_avg" in m] == [0, 2, 4]
-    assert all(
-        (m.get("advantage", 0) != 0) != (condition in ("empty", "grpo")) for m in metrics[1:]
-    )
+    measure = {"grpo": "group_advantage"}.get(condition, "token_advantage")
+    assert all(m[measure] and m["entropy"] > 0 for m in metrics[1:])
     samples = read_lines(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [n for n in (1, 2, 3, 4) for _ in range(3)]
     for s in samples:
@@ -81,16 +87,16 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
     assert (config["condition"], config["lr"]) == (condition, 4e-3)
     AutoModelForCausalLM.from_pretrained(out / "best")
     assert not list(out.rglob("*.new"))
-    assert run.test.main.call_args.args[0][:3] == [str(out), "--k", "3"]
+    assert run.test.call_args.args[0][2:5] == [str(out), "--k", "3"]
     assert run(tmp_path / "again", condition=condition, test_samples=0)[0] == 0
-    assert run.test.main.call_count == 1 and not (tmp_path / "again/best").exists()  # the base is
+    assert run.test.call_count == 1 and not (tmp_path / "again/best").exists()  # the base is
 
 
 def test_every_problem_once_an_epoch_and_new_draws_a_step(run, tmp_path, problems, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", seeded := Mock(wraps=torch.manual_seed))
     texts, orders = [p.statement for p in problems], []
     for name, seed in ("a", 0), ("b", 1), ("c", 1):
-        run(tmp_path / name, seed=seed, steps=6, condition="empty", eval_every=6)
+        run(tmp_path / name, seed=seed, steps=6, condition="reference", eval_every=6)
         order = [s["problem"]["statement"] for s in read_lines(tmp_path / name / "samples.jsonl")]
         assert len(order) == 18  # 6 steps of 3: two epochs of 8 and a bit
         assert set(order[:8]) == set(order[8:16]) == set(texts) and order[:8] != order[8:16]
@@ -129,7 +135,7 @@ def test_best_is_the_first_best_step_merged_in_fp32(run, tmp_path, tiny_folder, 
 NOTHING = {  # a condition that cannot be trained on -> the reason that is given
     "critique": "3 x no critique: no steps or no answer",
     "answer": "3 x the context is None",
-    "empty": "3 x the context is None",  # in NO_CRITIC, but it uses the critique
+    "empty": "3 x the teacher agrees",
     "reference": "[1-3] x longer than the model's 256 positions",
     "grpo": "24 x equal rewards in its group",
 }
@@ -138,7 +144,6 @@ NOTHING = {  # a condition that cannot be trained on -> the reason that is given
 @pytest.mark.parametrize("condition", NOTHING)
 def test_a_run_that_trains_on_nothing_stops_and_says_why(condition, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sd.CONTEXTS, "answer", lambda r: None)
-    monkeypatch.setitem(sd.CONTEXTS, "empty", lambda r: r.critique)
     monkeypatch.setitem(sd.CONTEXTS, "reference", lambda r: "1 " * 300)
     reason, rule = NOTHING[condition], tmp_path / "rule.py"
     rule.write_text("def critique(problem, attempt):\n    return 'It is wrong.'\n")
