@@ -117,7 +117,7 @@ CONTEXTS = {"reference": 9, "own": 4, "begun": 1, "some": 1, "omit": 2, "quote":
 
 @dataclass
 class Sample:
-    problem: str
+    statement: str
     context: str | None
     response: str
     masked: list[int]  # steps of the response whose value is left out of the loss; the first is 1
