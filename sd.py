@@ -2,17 +2,18 @@
 
     python sd.py --condition critique
     python sd.py --condition reference --seed 1 --resume
-    python sd.py --help
 
-The student writes an attempt at a problem. The teacher is the model that training started from,
-with a *context* in its prompt that knows the answer. It scores every token of the attempt, and the
-student is trained towards its distributions. Which context teaches best? A reference solution takes
-a route of its own, so the teacher disagrees with right tokens, too. A corrected copy of the attempt
-makes it disagree at the error only. This is the thesis of *The Role of Feedback Alignment in
-Self-Distillation* (Kara & Ersoy, arXiv 2606.11173).
+The student writes an attempt at a problem. The teacher is the same model before training, with a
+*context* in its prompt that knows the answer. It scores every token of the attempt, and the student
+is trained towards its distributions. Which context teaches best? A reference solution takes a route
+of its own, so the teacher disagrees with right tokens, too. The attempt itself, corrected by a
+critic (a rule in the default toy, else a larger model), makes it disagree at the error only. This
+is the thesis of *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv
+2606.11173). In the toy, the base is right in 11% of attempts. Critiques take it to 94%, references
+to 87%, and GRPO, which has a binary reward and no teacher, to 20%.
 
-One attempt at 1*4+3*6+9*9, scored under both contexts. Beside a token stands its advantage, A_t =
-log π_teacher − log π_student, in nats, if it is at least 1 in size (all without tags):
+Below, an attempt at 1*4+3*6+9*9 before training: teacher and student differ in their prompt alone.
+A token has its advantage A_t = log π_teacher − log π_student, in nats, if |A_t| >= 1 (tags cut):
 
     teacher sees  product of 9 and 9 is 81, product of 3 and 6 is 18, sum of 81 and 18 is 99, ...
     reference     1[-1.6] * 4 = 4, 3[-1.7] * 6 = 18, 9[-1.8] * 9 = 18[-11.0],
@@ -21,21 +22,23 @@ log π_teacher − log π_student, in nats, if it is at least 1 in size (all wit
     teacher sees  1 * 4 = 4, 3 * 6 = 18, 9 * 9 = 81, 4 + 18 = 22, 22 + 81 = 103, 103
     critique      1 * 4 = 4, 3 * 6 = 18, 9 * 9 = 18[-14.7], 4 + 18 = 22, 22 + 18 = 40, 40
 
-Both teachers find the error, 9 * 9 = 18. The first also objects to how each step begins. The steps
-after the error follow from it. `python eval.py --advantages tests/toy --k 1` prints this attempt.
+Both teachers find the error, 9 * 9 = 18. Both go on from the attempt so far, so later steps that
+follow from the error stay. But the first wants each step to begin as its reference does. The loss
+has the same pattern. `python eval.py --advantages tests/toy --k 1` prints this attempt.
 
-    problem x, attempt y ~ π_θ(· | x), context c; π_0 is the initial model, without gradient
-    student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t)
-    loss         mean over tokens of KL(teacher_t ‖ student_t); its gradient with respect to the
-                 logits is (student_t − teacher_t) / temperature. y is sampled, a constant.
+    problem x, context c, attempt y ~ π_θ(· | x); no gradient through sampling, as in GKD
+    student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed, no gradient
+    loss         mean over tokens of KL(teacher_t ‖ student_t), whose gradient with respect to the
+                 student's logits at t is (student_t − teacher_t) / temperature
     grpo's loss  mean over tokens of −A_i log student_t(y_t), A_i = (r_i − mean r) / std r, for the
-                 rewards r_i of a group of attempts. All tokens of an attempt have the same A_i.
+                 rewards r_i of a group of attempts; all tokens of attempt i have the same A_i
 
-A_t is logged and is in no loss: in the policy gradient of reverse KL it stands where A_i does.
-Forward KL (ours) makes the student cover all that the teacher might write; reverse KL, KL(student_t
-‖ teacher_t), makes it drop what the teacher would not write. The mean is over all tokens of a step,
-as in DAPO and in TRL's bnpo; GRPO first took it per attempt. Left out: ratio clipping (there is one
-update per batch, so ratios are 1), a KL penalty, a learning-rate schedule, several GPUs.
+A_t is logged only. In the policy gradient of reverse KL, KL(student_t ‖ teacher_t), it would stand
+where A_i stands. Forward KL (the paper's, and ours) makes the student cover all that the teacher
+might write; reverse KL makes it drop what the teacher would not. The mean is over all tokens of an
+update, as in DAPO and in TRL's bnpo; GRPO first took it per attempt. As in the paper, grpo samples
+8 attempts at a problem, the others one. Left out: ratio clipping (there is one update per batch, so
+ratios are 1), a KL penalty, a learning-rate schedule, several GPUs.
 
 The lesson ends with `train`; loading, checkpoints and the flags (`cfg`) follow. Further reading, on
 arXiv: GRPO 2402.03300. GKD, distillation on the student's own samples, 2306.13649. SDPO, from
@@ -146,7 +149,7 @@ CONTEXTS = {
     # 1: product of 4 and 5 is 20  2: product of 2 and 3 is 6  3: sum of 20 and 6 is 26  answer: 26
     "reference": lambda rollout: rollout.problem.solution,
     # 1: 2 * 3 = 6  2: 4 * 5 = 20  3: 6 + 20 = 26  answer: 26
-    "critique": lambda rollout: rollout.critique,
+    "critique": lambda rollout: rollout.critique,  # of a right attempt: the attempt itself
     # answer: 26  (from here ablations and controls)
     "answer": lambda rollout: f"<answer>{rollout.problem.answer}</answer>",
     # 1: 2 * 3 = 6  2: 4 * 5 = 21 ... answer: 27  Step 2 is wrong. Correct: 2: 4 * 5 = 20
@@ -161,7 +164,7 @@ NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no cr
 # ================================================================================ 1. rollouts
 def group_advantages(rewards):
     """GRPO's A_i = (r_i − mean r) / std r: [problems, G] -> same shape; 0 where all r_i agree."""
-    agree = (rewards == rewards[:, :1]).all(-1, keepdim=True)
+    agree = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # std is not exactly 0 then
     std = rewards.std(-1, unbiased=False, keepdim=True)  # population std: divides by G
     return torch.where(agree, 0.0, (rewards - rewards.mean(-1, keepdim=True)) / std)
 
@@ -174,7 +177,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
         text = completion_text(model, tokenizer, completion)
-        reward = float(is_correct(text, problem.answer))  # "...<answer>0.5</answer>", "1/2": 1.0
+        reward = float(is_correct(text, problem.answer))  # last_answer 0.5, answer 1/2: 1.0
         cut_off = completion[-1] not in model.generation_config.eos_token_id
         rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
@@ -214,7 +217,7 @@ def give_context(rollout, condition, tokenizer, thinking):
         rollout.context, rollout.teacher_prompt = context, prompt
 
 
-# ================================================================================ 3, 4. scoring
+# ================================================================================ 3. scoring
 class LoRALinear(nn.Module):
     """W x + (α/r) B A x: a frozen linear layer W and an update of rank r, with A and B in fp32."""
 
@@ -258,16 +261,11 @@ def hidden_states(model, prompts, completions):
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature, fp32: [n, H] -> [n, V]. The output layer has no LoRA."""
-    logits = model.get_output_embeddings()(states).float()
-    config = model.config.get_text_config()  # some models scale their logits, some cap them
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return F.log_softmax(logits / (temperature / scale), dim=-1)
+    """log π at the sampling temperature, fp32: [n, H] -> [n, V]."""
+    return F.log_softmax(output_logits(model, states) / temperature, dim=-1)
 
 
-# ================================================================================ 5, 6. losses
+# ================================================================================ 4. losses
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n], nats.
 
@@ -304,19 +302,19 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
         prompts = [r.teacher_prompt for r in rollouts]
         with torch.no_grad(), adapters_off():
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
-    token_rewards = [r.group_advantage for r in rollouts for _ in r.completion]
-    token_rewards = torch.tensor(token_rewards, device=model.device)  # each token's A_i: [N]
+    A_i = [r.group_advantage for r in rollouts for _ in r.completion]  # 0 without groups
+    A_i = torch.tensor(A_i, device=model.device)  # [N]
 
-    # Logits of all N tokens may not fit in memory. So backward has two stages: from each chunk's
-    # loss to its hidden states, then once from all hidden states into the network.
+    # Logits of all N tokens may not fit in memory. So backward has two stages: each chunk's loss
+    # gives the gradient of its hidden states; these then go into the network, all at once.
     chunks = [states.detach().requires_grad_() for states in student_states.split(cfg.chunk)]
     loss, entropy, advantages = 0.0, 0.0, []
     for number, states in enumerate(chunks):  # [n, H]
         here = slice(number * cfg.chunk, (number + 1) * cfg.chunk)
         student = log_probs(model, states, cfg.temperature)  # [n, V]
         if cfg.condition == "grpo":  # −A_i log π_θ(y_t)
-            losses = -token_rewards[here] * student.gather(-1, tokens[here, None])[:, 0]  # [n]
-        else:  # D(teacher, student); A_t is logged, not trained on
+            losses = -A_i[here] * student.gather(-1, tokens[here, None])[:, 0]  # [n]
+        else:  # KL(teacher ‖ student); A_t is logged, not trained on
             teacher = log_probs(model, teacher_states[here], cfg.temperature)  # [n, V]
             losses = DIVERGENCES[cfg.divergence](student, teacher)  # [n]
             advantages += token_advantages(student, teacher, tokens[here]).tolist()
@@ -331,7 +329,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
     return loss, entropy
 
 
-# ================================================================================ 7. training step
+# ================================================================================ 5. training step
 def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     """One update on the problems. Returns the rollouts, with their advantages, and its metrics."""
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
@@ -356,9 +354,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     return rollouts, {"loss": loss, "grad_norm": grad_norm.item(), "entropy": entropy}
 
 
-# ================================================================================ 8. training loop
-
-
+# ================================================================================ 6. training loop
 def validate(model, tokenizer, problems, step, cfg):
     """Avg@k and Pass@k of k = val_samples attempts at each validation problem, in percent."""
     torch.manual_seed(1)  # the same random draws every time
@@ -377,14 +373,15 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
+    batches = draw_batches(train_set, cfg)
     with run_folder(cfg, run, model, tokenizer, adapters, optimizer) as bar:
-        first = len(run["metrics"])  # a row per step; 0 in a new run
-        for step, problems in enumerate(draw_batches(train_set, cfg)[first:], first):
+        for step in range(len(run["metrics"]), cfg.steps + 1):  # from the last checkpoint on
             row = {"step": step}
             run["metrics"].append(row)
             if step > 0:  # step 0 only validates the base
                 torch.manual_seed(1_000_003 * cfg.seed + step)  # a resumed run draws the same
-                rollouts, metrics = train_step(model, tokenizer, optimizer, problems, ask, cfg)
+                batch = batches[step - 1]
+                rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
                 row |= metrics | summarise(rollouts)
                 log_rollouts(rollouts, run, tokenizer, cfg)
                 bar.set_postfix(loss=row["loss"], best_avg=run["best_avg"])
@@ -428,6 +425,17 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
     return completions
 
 
+def output_logits(model, states):
+    """fp32 logits, which some models scale or cap: [n, H] -> [n, V]. No LoRA here."""
+    logits = model.get_output_embeddings()(states).float()
+    config = model.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def completion_text(model, tokenizer, completion):
     """The text of T token ids, without the end token. Special tokens stay: one may be <answer>."""
     end_ids = model.generation_config.eos_token_id
@@ -445,11 +453,11 @@ def add_adapters(model, rank, alpha):
 
 
 def draw_batches(problems, cfg):
-    """The problems of each step, reshuffled every epoch. Step 0 has none."""
+    """The problems of each step, reshuffled every epoch."""
     rng, order, size = random.Random(cfg.seed), [], cfg.problems_per_step
     while len(order) < cfg.steps * size:
         order += rng.sample(problems, len(problems))
-    return [[]] + [order[i : i + size] for i in range(0, cfg.steps * size, size)]
+    return [order[i : i + size] for i in range(0, cfg.steps * size, size)]
 
 
 # ================================================================================ what is printed
