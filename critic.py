@@ -296,7 +296,8 @@ def parse_critique(reply, rollout):
     if not is_correct(reply, rollout.problem.answer):
         return Critique(None, "wrong answer", reply)
     text = align(walk, rollout.text)
-    steps, (ours, theirs) = len(parse_steps(rollout.text)), differences(rollout.text, text)
+    steps = len(parse_steps(rollout.text))
+    ours, theirs = differences(rollout.text, text)
     return Critique(
         text,
         aligned=(steps - len(ours)) / max(1, steps),  # 0 if the attempt has no steps
@@ -339,7 +340,8 @@ def request(client, url, body):
             body["max_completion_tokens"] = body.pop("max_tokens")  # for OpenAI's reasoning models
             del body["temperature"]
             continue
-        if "ReadTimeout" in reply or 0 < status < 500 and status not in (408, 429):
+        passing = status in (0, 408, 429) or status >= 500
+        if not passing or "ReadTimeout" in reply:  # waited long enough
             break
         time.sleep(pause)
     return None, failure

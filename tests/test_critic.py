@@ -121,7 +121,7 @@ def test_steps_are_parsed_and_compared():
         ],
         "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
         "<answer>a</step_1> <step_1>b</answer> <step_2>c": [("step_1", "b")],
-        "<think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
+        "<think></think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
             ("step_3", "b")
         ],
         "<answer>a</answer> <think>maybe <answer>b</answer>? No, wait": [("answer", "a")],
@@ -178,6 +178,7 @@ ALIGNED = [  # attempt, critic's reply, what the teacher sees
     ("Sure! <step_1>a</step_1>\tSo <answer>8</answer>", WALK, WALK.replace(" ", "\t")),
     ("<step_1>x</step_1><answer>8</answer>", WALK, WALK.replace(" ", "")),
     ("It is 9", WALK, WALK.replace(" ", "\n")),  # the form that sd.SOLVE shows
+    ("It is 9", "<step_1>a\n<step_2> b<answer>9</answer>", WALK.replace(" ", "\n")),
 ]
 
 
