@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -66,12 +67,13 @@ def read_problems(path):
         try:
             row = json.loads(line)
             for name in ("problem", "solution", "answer"):
-                if not isinstance(row[name], str) or not row[name].strip():
-                    raise ValueError(f"{name} must be a string with text, got {row[name]!r}")
-                row[name].encode()  # a lone surrogate would break a tokenizer
+                text = row[name]
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"{name} must be a string with text, got {text!r}")
+                text.encode()  # a lone surrogate would break a tokenizer
         except Exception as error:  # json raises many types
-            wanted = "expected the strings problem, solution and answer"
-            raise UserError(f"{path}, line {number}: {wanted}: {error!r}") from None
+            said = f"{path}, line {number}: expected problem, solution and answer: {error!r}"
+            raise UserError(said) from None
         problems.append(Problem(row["problem"], row["solution"], row["answer"]))
     return problems
 
@@ -98,13 +100,16 @@ def load_problems(path):
 # Not one regex: `<step_(\d+)>(.*?)</step_\1>` takes quadratic time if no tag is ever closed.
 TAG = re.compile(r"<(/?)(step_[0-9]{1,4}|answer)>")
 GAP = re.compile(r"\s*(?=\S)")  # white space that text follows
+# Group 1 leaves out thinking: all up to the last </think>, and all from an unclosed <think> on.
+SPOKEN = re.compile(r"(?:.*</think>)?(.*?)(?:<think>|\Z)", re.DOTALL)
 
 
 @dataclass
 class Step:
     name: str  # "step_1", "step_2", … or "answer"
     text: str  # what stands between the tags
-    start: int  # characters of the attempt, tags included: attempt[start:end]
+    source: str  # the same with its tags: attempt[start:end]
+    start: int
     end: int
 
     @property
@@ -116,22 +121,15 @@ class Step:
         return self.name == other.name and self.text.split() == other.text.split()
 
 
-def without_thinking(text):
-    """The slice of the text after the last </think> and before an unclosed <think>."""
-    start = len(text) - len(text.rpartition("</think>")[2])
-    unclosed = text.find("<think>", start)
-    return slice(start, len(text) if unclosed < 0 else unclosed)
-
-
 def parse_steps(attempt):
     """The steps and answers in order. The next tag ends a step; only </answer> ends an answer."""
-    spoken, steps, opening = without_thinking(attempt), [], None
-    for tag in TAG.finditer(attempt, spoken.start, spoken.stop):
-        # models miscount and forget: <step_3>...</step_4> and <step_3>...<step_4> are step 3
-        if opening and (opening[2] != "answer" or tag[0] == "</answer>"):
-            text, end = attempt[opening.end() : tag.start()], tag.end() if tag[1] else tag.start()
-            steps.append(Step(opening[2], text, opening.start(), end))
-        opening = None if tag[1] else tag
+    spoken, steps = SPOKEN.match(attempt), []
+    # models miscount and forget: <step_3>...</step_4> and <step_3>...<step_4> are step 3
+    for tag, after in pairwise(TAG.finditer(attempt, spoken.start(1), spoken.end(1))):
+        if not tag[1] and (tag[2] != "answer" or after[0] == "</answer>"):
+            start, end = tag.start(), after.end() if after[1] else after.start()
+            text = attempt[tag.end() : after.start()]
+            steps.append(Step(tag[2], text, attempt[start:end], start, end))
     return steps
 
 
@@ -151,7 +149,7 @@ def first_difference(attempt, critique):
 def correction(attempt, critique):
     """The verdict on the first difference: "Step 2 is wrong. Correct: <step_2>...</step_2>"."""
     ours, theirs = differences(attempt, critique)
-    right = f"Correct: {critique[theirs[0].start : theirs[0].end]}" if theirs else ""
+    right = f"Correct: {theirs[0].source}" if theirs else ""
     # a step that comes later in the critique is right: the critique inserts one before it
     if ours and ours[0].text.split() not in [step.text.split() for step in theirs]:
         return f"{ours[0].title} is wrong. {right}"
@@ -166,16 +164,15 @@ def align(walk, attempt):
     """
     steps = parse_steps(attempt)
     gaps = [gap[0] for step in steps if (gap := GAP.match(attempt, step.end))] or ["\n"]
+    steps = steps or parse_steps("<answer></answer>")  # no white space inside
     aligned = ""
     for n, step in enumerate(walk):
-        ours = steps[min(n, len(steps) - 1)] if steps else step
-        if n < len(steps) and step.repeats(ours):
-            text = attempt[ours.start : ours.end]
-        else:
-            inside = ours.text.replace(ours.text.strip(), step.text.strip(), 1)
-            text = f"<{step.name}>{inside}</{step.name}>"
-        aligned += gaps[min(n, len(gaps)) - 1] + text if n else text
-    return aligned
+        ours = steps[min(n, len(steps) - 1)]
+        inside = ours.text.replace(ours.text.strip(), step.text.strip(), 1)
+        changed = f"<{step.name}>{inside}</{step.name}>"
+        aligned += ours.source if step.repeats(ours) else changed
+        aligned += gaps[min(n, len(gaps) - 1)]
+    return aligned.rstrip()
 
 
 # ================================================================================ answers
@@ -259,18 +256,14 @@ def read_answer(text):
     return -size if minus else size, label
 
 
-def same_answer(one, other):
-    """Whether two results of read_answer agree. One side may lack the label."""
-    (value, label), (wanted, longer) = sorted([one, other], key=lambda answer: len(answer[1]))
+def is_correct(completion, answer):
+    """The reward in training and the grade in evaluation. One of the answers may lack the label."""
+    answers = read_answer(last_answer(completion)), read_answer(answer)
+    (value, label), (wanted, longer) = sorted(answers, key=lambda pair: len(pair[1]))
     if not label and longer == "percent" and isinstance(wanted, Fraction):
         return value == wanted / 100 or value == wanted > 1  # 60% is 60 or 0.6; 0.6% is not 0.6
     short = len(label) == 2 and re.fullmatch(rf"{label[0]}[a-z]*{label[1]}[a-z]*", longer)  # kg
     return value == wanted != "" and (label in ("", longer) or bool(short))
-
-
-def is_correct(completion, answer):
-    """The reward in training and the grade in evaluation."""
-    return same_answer(read_answer(last_answer(completion)), read_answer(answer))
 
 
 # ================================================================================ critics
@@ -294,21 +287,22 @@ def parse_critique(reply, rollout):
     """The last walk in a critic's reply, aligned, if it has steps and the right answer."""
     reply, walk = reply or "", []
     for step in parse_steps(reply):
-        names = [earlier.name for earlier in walk]
-        if step.name in names:  # the critic quoted the attempt, or began anew: the last counts
-            walk = walk[: names.index(step.name)]
+        # the critic quoted the attempt, or began anew: the last walk counts
+        while step.name in [earlier.name for earlier in walk]:
+            walk.pop()
         walk.append(step)
-    if not any(step.name == "answer" for step in walk[1:]):
+    if "answer" not in [step.name for step in walk[1:]]:
         return Critique(None, "no steps or no answer", reply)
     if not is_correct(reply, rollout.problem.answer):
         return Critique(None, "wrong answer", reply)
     text = align(walk, rollout.text)
-    steps, (ours, theirs) = len(parse_steps(rollout.text)), differences(rollout.text, text)
+    steps = len(parse_steps(rollout.text))
+    ours, theirs = differences(rollout.text, text)
     return Critique(
         text,
         aligned=(steps - len(ours)) / max(1, steps),  # 0 if the attempt has no steps
         step_changed=bool(theirs) and theirs[0].name != "answer",
-        dropped=max(0, 1 - len(text) / len(reply[without_thinking(reply)])),
+        dropped=max(0, 1 - len(text) / len(SPOKEN.match(reply)[1])),
     )
 
 
@@ -324,59 +318,51 @@ def rule_critic(path):
     return ask
 
 
-def request(client, url, read, body=None):
-    """read() of a server's JSON, or (None, failure). Raises UserError if the key is refused."""
+def request(client, url, body):
+    """(text, failure) of a chat completion; no reply is a text None. UserError: key refused."""
     key = {"Authorization": f"Bearer {os.environ.get('CRITIC_API_KEY', 'none')}"}
-    for pause in (1, 2, 4, 8, 16, 32, None):  # seconds before the next try
+    for pause in (1, 2, 4, 8, 16, 32, 0):  # seconds before the next try
         status, reply = 0, ""
         try:
-            response = client.request("POST" if body else "GET", url, json=body, headers=key)
+            response = client.post(url, json=body, headers=key)
             status, reply = response.status_code, f"HTTP {response.status_code}: {response.text}"
-            if status == 200:
-                return read(response.json())
+            choice = response.json()["choices"][0]
+            text, reason = choice["message"].get("content") or "", choice["finish_reason"]
+            if not isinstance(text, str):  # a list of parts, in which thinking has no text
+                text = "".join(part.get("text", "") for part in text)
+            return text, "" if reason == "stop" else f"finish_reason {reason}"
         except Exception as error:  # transport and format errors of several libraries
             reply = reply or repr(error)
         failure = f"{url}: {' '.join(reply.split())[:300]}"  # servers give reasons in many shapes
         if status in (401, 403):
             raise UserError(f"set CRITIC_API_KEY: {failure}")
+        if "temperature" in body and re.search("nsupported.*(max_tokens|temperature)", reply):
+            body["max_completion_tokens"] = body.pop("max_tokens")  # for OpenAI's reasoning models
+            del body["temperature"]
+            continue
         passing = status in (0, 408, 429) or status >= 500
-        if not passing or pause is None or "ReadTimeout" in failure:  # waited long enough
-            return None, failure
+        if not passing or "ReadTimeout" in reply:  # waited long enough
+            break
         time.sleep(pause)
-
-
-def read_completion(reply):
-    """(text, failure). The content may be a list of parts, in which thinking has no text."""
-    choice = reply["choices"][0]
-    text, reason = choice["message"].get("content") or "", choice["finish_reason"]
-    if not isinstance(text, str):
-        text = "".join(part.get("text", "") for part in text)
-    return text, "" if reason == "stop" else f"finish_reason {reason}"
+    return None, failure
 
 
 def server_critic(cfg):
-    """The critic on an OpenAI-compatible server. Sets cfg.critic_model if the server has one."""
+    """The critic on an OpenAI-compatible server."""
     url = cfg.critic.rstrip("/")
+    if not cfg.critic_model:
+        raise UserError(f"set --critic-model; the names: curl {url}/models")
     # The hub's client is an httpx.Client. A new one follows no redirects and sends no hub token.
     client = type(get_session())(timeout=(10, 600, 600, None))  # connect, read, write, queue: s
-    if not cfg.critic_model:
-        models, failure = request(
-            client, f"{url}/models", lambda reply: ([model["id"] for model in reply["data"]], "")
-        )
-        if failure or len(models) != 1:
-            raise UserError(f"set --critic-model; {failure or f'{url} offers {models}'[:1000]}")
-        cfg.critic_model = models[0]
-    options = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
 
     def ask_server(message):
-        nonlocal options
-        body = options | {"messages": [{"role": "user", "content": message}]}
-        text, failure = request(client, f"{url}/chat/completions", read_completion, body)
-        refused = re.search("nsupported.*(max_tokens|temperature)", failure)
-        if refused and "temperature" in body:  # by OpenAI's reasoning models
-            options = {"model": cfg.critic_model, "max_completion_tokens": cfg.critic_max_tokens}
-            return ask_server(message)
-        return text, failure
+        body = {
+            "model": cfg.critic_model,
+            "messages": [{"role": "user", "content": message}],
+            "max_tokens": cfg.critic_max_tokens,
+            "temperature": 0,
+        }
+        return request(client, f"{url}/chat/completions", body)
 
     def complete(messages):
         with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
@@ -388,11 +374,9 @@ def server_critic(cfg):
 def cached(complete, identity):
     """A critic from complete(messages), which yields (text, failure); no reply is a text None."""
 
-    def cache_path(message):
-        return cache_file("critic", [identity, message])
-
     def ask(rollouts, messages):
-        new = [message for message in dict.fromkeys(messages) if not cache_path(message).exists()]
+        files = {message: cache_file("critic", [identity, message]) for message in messages}
+        new = [message for message in files if not files[message].exists()]
         replies = tqdm(complete(new), "critic", len(new), leave=False) if new else []
         failures, lost = {}, 0
         for message, (text, failure) in zip(new, replies, strict=True):
@@ -400,12 +384,12 @@ def cached(complete, identity):
             if failure or not text:
                 failures[message] = Critique(None, failure or "empty reply", text or "")
                 continue
-            with atomic_write(cache_path(message)) as file:
+            with atomic_write(files[message]) as file:
                 file.write(text.encode("utf-8", "replace"))
-        if 0 < lost == len(set(messages)):
+        if 0 < lost == len(files):
             raise UserError(failure)
         return [
-            failures.get(m) or parse_critique(cache_path(m).read_text("utf-8"), r)
+            failures.get(m) or parse_critique(files[m].read_text("utf-8"), r)
             for r, m in zip(rollouts, messages, strict=True)
         ]
 

@@ -121,7 +121,7 @@ def test_steps_are_parsed_and_compared():
         ],
         "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
         "<answer>a</step_1> <step_1>b</answer> <step_2>c": [("step_1", "b")],
-        "<think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
+        "<think></think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
             ("step_3", "b")
         ],
         "<answer>a</answer> <think>maybe <answer>b</answer>? No, wait": [("answer", "a")],
@@ -178,6 +178,7 @@ ALIGNED = [  # attempt, critic's reply, what the teacher sees
     ("Sure! <step_1>a</step_1>\tSo <answer>8</answer>", WALK, WALK.replace(" ", "\t")),
     ("<step_1>x</step_1><answer>8</answer>", WALK, WALK.replace(" ", "")),
     ("It is 9", WALK, WALK.replace(" ", "\n")),  # the form that sd.SOLVE shows
+    ("It is 9", "<step_1>a\n<step_2> b<answer>9</answer>", WALK.replace(" ", "\n")),
 ]
 
 
@@ -296,25 +297,20 @@ def chat(text, reason="stop", **more):
 
 
 @contextmanager
-def server(reply, models=(404, b"")):
+def server(reply):
     """A server here; reply(message, number of the request, body) -> (status, content)."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
-        def send(self, status, content):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.path, self.headers, body))
+            status, content = reply(body["messages"][0]["content"], len(requests), body)
             self.send_response(status)
             self.send_header("Content-Length", str(len(content) + (status == 299)))
             self.send_header("Location", "/v1/chat/completions")
             self.end_headers()
             self.wfile.write(content)
-
-        def do_GET(self):
-            self.send(*models if self.path == "/v1/models" else (404, b""))
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append((self.path, self.headers, body))
-            self.send(*reply(body["messages"][0]["content"], len(requests), body))
 
         def log_message(self, *_):
             pass
@@ -445,29 +441,12 @@ def test_a_slow_server_is_waited_for_once(pauses, monkeypatch):
         assert len(requests) == 1 and not pauses
 
 
-MODELS = {  # the reply of /models -> what is said
-    b'{"data":[{"id":"judge","permission":[{"id":"x"}]}]}': "",
-    b'{"object":"list","data":null}': "null",
-    b'{"data":[{"id":"one"},{"id":"two"}]}': "offers .*one.*two",
-    b'{"data":[]}': r"offers \[\]",
-    b"<html>": "<html>",
-}
+def test_a_server_without_a_models_name_is_refused(pauses):
+    with pytest.raises(UserError, match="^set --critic-model; .*: curl http://host/v1/models$"):
+        ask_server("http://host/v1/", "a", critic_model="")
 
 
-@pytest.mark.parametrize("models", MODELS)
-def test_without_a_name_the_only_model_is_asked(models, pauses):
-    with server(lambda *_: chat(WALK), (200, models)) as (url, requests):
-        cfg = sd.parse_args(flags({"critic": url}))
-        if not MODELS[models]:
-            critic.server_critic(cfg)([ROLLOUT], ["a"])
-            assert requests[0][2]["model"] == cfg.critic_model == "judge"  # so it is in config.json
-            return
-        with pytest.raises(UserError, match=f"^set --critic-model.*{MODELS[models]}"):
-            critic.server_critic(cfg)
-        assert not requests
-
-
-def test_options_that_a_reasoning_model_refuses_are_sent_no_more(pauses):
+def test_options_that_a_reasoning_model_refuses_are_left_out(pauses):
     asked = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     refusals = {"max_tokens": asked, "temperature": "Unsupported value: 'temperature'"}
 
@@ -478,8 +457,9 @@ def test_options_that_a_reasoning_model_refuses_are_sent_no_more(pauses):
         )
 
     with server(reply) as (url, requests):
-        assert [c.text for c in ask_server(url, *"abc", parallel=1)] == [WALK] * 3
-    assert len(requests) == 4 and all(r[2]["max_completion_tokens"] == 100 for r in requests[1:])
+        assert [c.text for c in ask_server(url, *"ab")] == [WALK] * 2
+    assert sorted(r[2].get("max_completion_tokens", 0) for r in requests) == [0, 0, 100, 100]
+    assert not pauses
     with server(lambda *_: (400, b"max_tokens is too large")) as (url, requests):
         with pytest.raises(UserError, match="too large"):
             ask_server(url, "a")
