@@ -206,7 +206,7 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
 
 
 def token_texts(tokenizer, ids, text):
-    """[T] each token's part of the text. A character belongs to the token that completes it."""
+    """[T] each token's part of the text. If it ends within a character, the next one gets all."""
     texts, start, whole, end = [], 0, 0, 0  # ids[:whole] are text[:end]
     for n in range(1, len(ids) + 1):
         # What a token adds depends on what is before it, so decode from the last cut but one.
