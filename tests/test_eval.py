@@ -134,8 +134,12 @@ def test_each_character_belongs_to_the_token_that_completes_it(tiny):
     assert sum(len(call.args[0]) for call in decode.call_args_list) < 20 * len(ids)  # linear
 
     assert ev.token_texts(tiny[1], [5, 6, 5, 1], tiny[1].decode([5, 6, 5]))[1].startswith(" ")
+    for tokenizer, characters in (byte_level, "😀"), (sentencepiece, "ééé"):
+        ids = tokenizer.encode(characters, add_special_tokens=False)[:-1]  # no valid UTF-8
+        ids += tokenizer.encode("ab", add_special_tokens=False)
+        assert ev.token_texts(tokenizer, ids + [1], tokenizer.decode(ids))[-2:] == ["b", ""]
     rng = random.Random(0)
-    for tokenizer in byte_level, sentencepiece, tiny[1]:  # a sampled text may be no valid UTF-8
+    for tokenizer in byte_level, sentencepiece, tiny[1]:
         for _ in range(50):
             ids = rng.choices(range(4, 200), k=20)
             text = tokenizer.decode(ids)
@@ -211,6 +215,7 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
         attempts = ev.sample_attempts(model, tokenizer, problems, cfg)
         for a in attempts:
             assert [a.prompt] == sd.encode_chats(tokenizer, [sd.solver_message(a.problem)])
+            assert a.cut_off == (a.completion[-1] not in [1, *range(40, 60)])  # its end tokens
         return generate.call_count, [a.completion for a in attempts], [a.reward for a in attempts]
 
     first = sampled()
