@@ -9,8 +9,7 @@
 A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
 Intervals are 95% bootstraps over problems. Samples are cached in runs/.cache. --json FILE saves all
 numbers, --data FILE sets the test problems, --k (12) the samples per problem. sd.py's settings, as
---temperature, --max-new-tokens, --gen-batch, --micro-batch, --critic, --device and --dtype, default
-to the first run's, --seed to 2. The page has attempts of the --advantages model, or of the base.
+--temperature, default to the first run's, --seed to 2. --html without --advantages has the base's.
 Shapes: P problems, S seeds, Q quantities, T tokens of an attempt.
 """
 
@@ -21,7 +20,6 @@ import math
 import runpy
 import shlex
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, compress, pairwise
 from pathlib import Path
@@ -59,9 +57,7 @@ def open_subject(name):
     folder = Path(name)
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        parent = folder if folder.is_dir() else folder.parent
-        runs = " ".join(sorted(str(file.parent) for file in parent.glob("*/metrics.jsonl")))
-        raise UserError(f"{name} is no run and no model; runs in {parent}: {runs or 'none'}")
+        raise UserError(f"{name} is no run and no model")
     if not metrics.exists():
         return Subject(name, name, name)
     try:
@@ -75,26 +71,16 @@ def open_subject(name):
     return Subject(name, model, cfg.model, cfg, curve, best_step)
 
 
-def check_comparable(subjects, data):
-    """Raises UserError if the runs differ in what is the same for all in a table."""
-    values = {f"{s.cfg.model} on {data or s.cfg.data}" for s in subjects if s.cfg}
-    if len(values) > 1:
-        raise UserError(f"cannot compare runs of different --model or --data: {', '.join(values)}")
-
-
-def describe_training(rows):
-    """How long each row's runs were trained, with a warning if that differs."""
-    lines, budgets = [], set()
-    for label, runs in rows.items():
-        if cfg := runs[0].cfg:
-            last = ", ".join(str(max(run.curve)) for run in runs)
-            best = ", ".join(str(run.best_step) for run in runs)
-            each = f"{cfg.problems_per_step} problems x {cfg.group_size} rollouts"
-            lines.append(f"{label}: step {last} of {each}; best step {best}")
-            budgets |= {max(run.curve) * cfg.problems_per_step for run in runs}
+def describe_training(runs):
+    """How long each run was trained, with a warning if that differs."""
+    text, budgets = "", set()
+    for run in runs:
+        last, size = max(run.curve), f"{run.cfg.problems_per_step} x {run.cfg.group_size} rollouts"
+        text += f"{run.name}: {last} steps of {size}; best step {run.best_step}\n"
+        budgets.add(last * run.cfg.problems_per_step)
     if len(budgets) > 1:
-        lines += ["WARNING: unequal budgets: the rows differ in the number of problems trained on"]
-    return "\n".join(lines)
+        text += "WARNING: unequal budgets: the runs differ in the number of problems trained on\n"
+    return text
 
 
 def rows_of(subjects):
@@ -110,11 +96,11 @@ def rows_of(subjects):
 
 
 @dataclass
-class Attempt(sd.Rollout):  # scored under one context; without a teacher, `advantages` is empty
-    ends: list = None  # the end of each token in the text: [T]
+class Attempt(sd.Rollout):  # without a teacher, `advantages` is empty
+    condition: str = None  # the context it is scored under
+    tokens: list = None  # each token's part of the text: [T]
     kinds: list = None  # kind of each token: [T]; [] if right or not judged
     teacher_right: float = math.nan  # 1 if the teacher's own sample is right
-    own: torch.Tensor = None  # the student's log-prob of each token: [T]
 
 
 def write(path, text):
@@ -136,7 +122,8 @@ def sample(model, tokenizer, problems, prompts, cfg):
         completions += json.loads(file.read_text())
     texts = [sd.completion_text(model, tokenizer, completion) for completion in completions]
     rewards = [float(critic.is_correct(t, p.answer)) for t, p in zip(texts, problems, strict=True)]
-    return list(map(Attempt, problems, prompts, completions, texts, rewards))
+    cut_off = [c[-1] not in model.generation_config.eos_token_id for c in completions]
+    return list(map(Attempt, problems, prompts, completions, texts, rewards, cut_off))
 
 
 def sample_attempts(model, tokenizer, problems, cfg):
@@ -161,8 +148,8 @@ def group_scores(attempts):
     texts = [a.text for a in attempts]
     votes = [sum(critic.is_correct(a, critic.last_answer(b)) for b in texts) for a in texts]
     winners = compress(rewards, [count == max(votes) for count in votes])
-    lengths = [len(a.completion) for a in attempts]
-    return [fmean(rewards), fmean(winners), max(rewards), fmean(lengths)]
+    length = fmean(len(a.completion) for a in attempts)
+    return [fmean(rewards), fmean(winners), max(rewards), length]
 
 
 def measure(subjects, problems, cfg):
@@ -180,8 +167,6 @@ def score_rows(rows, scores, names):
     shown = {}
     for label, subjects in rows.items():
         shown[label] = intervals(scores[label].mean(0), names)
-        if all(s.best_step == 0 for s in subjects):
-            shown[label] = dict.fromkeys(names, "base")
         if len(subjects) > 1:
             seeds = scores[label].mean(1).T.tolist()  # [4, S]
             ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in seeds]
@@ -193,41 +178,44 @@ def score_rows(rows, scores, names):
 
 # ================================================================================ advantages
 @torch.no_grad()
-def token_log_probs(model, attempts, cfg):
-    """Yields log π(y_t | prompt, y_<t) of every token: [T] for each attempt."""
-    for start in range(0, len(attempts), cfg.micro_batch):
-        batch = attempts[start : start + cfg.micro_batch]
-        completions = [a.completion for a in batch]
-        states = sd.hidden_states(model, [a.prompt for a in batch], completions)  # [N, H]
-        for rows, ids in zip(states.split(list(map(len, completions))), completions, strict=True):
-            log_probs = sd.log_probs(model, rows, cfg.temperature)  # [T, V]
-            yield log_probs[range(len(ids)), ids].cpu()
+def token_log_probs(model, attempt, cfg):
+    """log π(y_t | prompt, y_<t) of every token: [T]."""
+    ids = attempt.completion
+    states = sd.hidden_states(model, [attempt.prompt], [ids])  # [T, H]
+    return sd.log_probs(model, states, cfg.temperature)[range(len(ids)), ids].cpu()
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
     """{context: attempts with their advantages under it}, for all contexts but grpo's."""
-    for attempt, own in zip(attempts, token_log_probs(student, attempts, cfg), strict=True):
-        attempt.own = own
     readings = {}
+    own = [token_log_probs(student, attempt, cfg) for attempt in attempts]
     for name in [name for name in sd.CONTEXTS if name != "grpo"]:
-        readings[name] = [replace(attempt) for attempt in attempts]
-        for attempt in readings[name]:
+        readings[name] = [replace(attempt, condition=name) for attempt in attempts]
+        for attempt, student_log_probs in zip(readings[name], own, strict=True):
             sd.give_context(attempt, name, tokenizer, cfg.teacher_thinking)
             attempt.prompt = attempt.teacher_prompt
+            if attempt.prompt:
+                told = token_log_probs(teacher, attempt, cfg)
+                attempt.advantages = (told - student_log_probs).tolist()
         taught = [attempt for attempt in readings[name] if attempt.prompt]
-        told = token_log_probs(teacher, taught, cfg)
         problems, prompts = [a.problem for a in taught], [a.prompt for a in taught]
         samples = sample(teacher, tokenizer, problems, prompts, cfg)
-        for attempt, log_probs, answer in zip(taught, told, samples, strict=True):
-            attempt.advantages = (log_probs - attempt.own).tolist()
+        for attempt, answer in zip(taught, samples, strict=True):
             attempt.teacher_right = answer.reward
     return readings
 
 
-def token_ends(tokenizer, ids):
-    """[T] ends of the tokens in the text, which an end token is not part of."""
-    texts = [tokenizer.decode(ids[: n + 1]).rstrip("\ufffd") for n in range(len(ids))]
-    return list(accumulate(map(len, texts), max))  # an incomplete character may shorten a text
+def token_texts(tokenizer, ids, text):
+    """[T] each token's part of the text. If it ends within a character, the next one gets all."""
+    texts, start, whole, end = [], 0, 0, 0  # ids[:whole] are text[:end]
+    for n in range(1, len(ids) + 1):
+        # What a token adds depends on what is before it, so decode from the last cut but one.
+        before, window = tokenizer.decode(ids[start:whole]), tokenizer.decode(ids[start:n])
+        old, complete = end, not window.endswith("\ufffd")
+        if complete and text.startswith(window, end - len(before)):
+            start, whole, end = whole, n, end + len(window) - len(before)
+        texts.append(text[old:end])
+    return [*texts[:-1], text[old:]]  # it may stop within a character
 
 
 def token_kinds(attempt, judge):
@@ -249,7 +237,9 @@ def token_kinds(attempt, judge):
                     return "right step"
                 return "wrong value" if at in range(*error) else "rest of wrong step"
 
-    return [kind(end - 1) for end in attempt.ends]  # the kind of a token's last character
+    starts = accumulate(map(len, attempt.tokens), initial=0)  # [T + 1]
+    # a token's kind is that of its last character; one without characters stands before the next
+    return [kind(max(start, end - 1)) for start, end in pairwise(starts)]
 
 
 def metric(attempt, name):
@@ -269,14 +259,12 @@ def metric(attempt, name):
 
 
 def analyse(readings, names, k):
-    """{context: {metric: interval}}, and the row "critique − reference"."""
-    values = {}  # [k * P, Q]
+    """{context: {metric: interval}}, over problems: means of k attempts."""
+    numbers = {}
     for context, attempts in readings.items():
-        values[context] = torch.tensor([[metric(a, name) for name in names] for a in attempts])
-    if "reference" in values:  # over the attempts that have both
-        values["critique − reference"] = values["critique"] - values["reference"]
-    # means over the k attempts at a problem: [k * P, Q] -> [P, Q]
-    return {row: intervals(v.unflatten(0, (k, -1)).nanmean(0), names) for row, v in values.items()}
+        values = torch.tensor([[metric(a, name) for name in names] for a in attempts])  # [k * P, Q]
+        numbers[context] = intervals(values.unflatten(0, (k, -1)).nanmean(0), names)  # of [P, Q]
+    return numbers
 
 
 # ================================================================================ tables and page
@@ -291,30 +279,42 @@ def table(title, columns, rows):
     return text
 
 
+def pick_examples(readings):
+    """Three wrong attempts and a right one, each under all contexts. The latest error is first."""
+    columns = zip(*readings.values(), strict=True)
+    columns = sorted(columns, key=lambda c: (not c[0].critique, -c[0].feedback.aligned))
+    right = [column for column in columns if column[0].reward]
+    return [column for column in columns if not column[0].reward][:3] + right[:1]
+
+
+def print_example(column):
+    """Prints a wrong attempt under every context."""
+    problem = column[0].problem
+    if column[0].critique and not column[0].reward:
+        print(f"problem: {sd.paint(problem.statement)}, right answer: {sd.paint(problem.answer)}")
+        print(f"marked if |A_t| >= 1 nat: {sd.paint('change it', -1)}, {sd.paint('keep it', 1)}")
+        for a in column:
+            print(f"{a.condition}: {''.join(map(sd.paint, a.tokens, a.advantages))}")
+            print(f"    teacher sees: {sd.paint(a.context or a.masked)}")
+
+
 def escape(text):
     """Text for HTML. Unprintable characters, control and bidi included, become U+FFFD."""
     return html.escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def learning_curves(rows):
-    """An SVG of validation Avg against step, with a legend: mean and range of the seeds."""
+    """An SVG of validation Avg against step, with a legend. Each seed has its own line."""
     lines, legend, last = "", "", 1
-    for label, runs in rows.items():
+    for n, (label, runs) in enumerate(rows.items()):
         if not runs[0].cfg:
             continue
-        highest, lowest, means = [], [], []
-        for step in runs[0].curve:
-            values = [s.curve[step] for s in runs if step in s.curve]
-            highest.append(f"{step},{100 - max(values)}")
-            lowest.insert(0, f"{step},{100 - min(values)}")
-            means.append(f"{step},{100 - fmean(values)}")
-            last = max(last, step)
-        condition = runs[0].cfg.condition
-        n = [*sd.CONTEXTS, condition].index(condition)  # so a condition keeps its colour and dash
         colour = f"hsl({20 + 277 * n} 75% 50%)"
         style = f'stroke="{colour}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
-        lines += f'<polygon points="{" ".join(highest + lowest)}" fill="{colour}" opacity=".2"/>'
-        lines += f'<polyline points="{" ".join(means)}" {style}/>'
+        for run in runs:
+            points = " ".join(f"{step},{100 - value}" for step, value in run.curve.items())
+            lines += f'<polyline points="{points}" {style}/>'
+            last = max(last, *run.curve)
         legend += f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(label)}'
     return f"""<svg class=chart viewBox="0 0 420 250"><g text-anchor=end><text x=44 y=14>100</text>
 <text x=44 y=114>50</text><text x=44 y=214>0</text></g>
@@ -325,19 +325,17 @@ def learning_curves(rows):
 <text x=-110 y=14 transform=rotate(-90)>validation Avg, %</text></g></svg><p>{legend}</p>"""
 
 
-def example(names, attempts, unfolded):
-    """An attempt under each context, tokens coloured by A_t. Those in `unfolded` start open."""
+def example(column):
+    """An attempt under each context, tokens coloured by A_t."""
     rows = ""
-    for name, a in zip(names, attempts, strict=True):
+    for a in column:
         tokens = ""
-        for (start, end), value in zip(pairwise([0, *a.ends]), a.advantages, strict=False):
+        for token, value in zip(a.tokens, a.advantages, strict=False):
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
-            tokens += f"<span {style}>{escape(a.text[start:end])}</span>"
-        rows += f"<details {'open' * (name in unfolded)}><summary>{escape(name)}</summary>"
+            tokens += f"<span {style}>{escape(token)}</span>"
+        rows += f"<details open><summary>{escape(a.condition)}</summary>"
         rows += f"<div><p>{tokens}</p><p>{escape(a.context or a.masked)}</p></div></details>"
-    title = (
-        f"{a.problem.statement} ({a.problem.answer}): answered {'right' if a.reward else 'wrong'}"
-    )
+    title = f"{a.problem.statement} ({a.problem.answer}): {'right' if a.reward else 'wrong'}"
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
@@ -346,11 +344,10 @@ STYLE = """:root{color-scheme:light dark;--False:light-dark(#e0600a,#f07a28)}
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
 pre{overflow-x:auto;font-size:.8rem} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
 .key{display:inline-block;width:40px;height:10px;margin-left:1rem;stroke-width:2.5}
-details div{display:grid;grid-template-columns:3fr 2fr;gap:.3rem 1.5rem;margin:0 0 .8rem 1rem}
-details p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere} text{fill:currentColor}
+details div{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}
+details p{margin:0 0 .3rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere} text{fill:currentColor}
 i{background:linear-gradient(90deg,var(--False),transparent,var(--True))} summary{font-weight:bold}
-[style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
-@media(max-width:48rem){details div{grid-template-columns:1fr} pre{font-size:.6rem}}"""
+[style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}"""
 
 
 def page(tables, curves, examples):
@@ -359,14 +356,12 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>Curves: mean and range of seeds. A_t tables cover attempts with a teacher; row tokens: share of
-all tokens; pushed down: right attempts' tokens, A_t &lt; −0.5.</p><h2>Advantages under each
-context</h2><p>reference: a solution; critique: the attempt, corrected; quote: the attempt, then the
-correction; omit: verdicts, then the correction; shuffled: another problem's critique; answer: the
-right answer; empty: nothing.</p><p>Each attempt stands under its problem (right answer), beside
-what the teacher sees. A token's colour is A_t = log π_teacher(token | problem, context) − log
-π_student(token | problem), in nats: <i>change it (−5) … keep it (+5)</i>. Hover to see it.</p>
-{"".join(examples)}</html>"""
+<p>A curve per seed. A_t tables cover attempts with a teacher; row tokens: share of all tokens;
+pushed down: right attempts' tokens, A_t &lt; −0.5.</p><h2>Advantages under each context</h2>
+<p>Wrong attempts, the latest error first, and a right one, beside what the teacher sees. A token's
+colour is A_t = log π_teacher(token | problem, context) − log π_student(token | problem), in nats:
+<i>change it (−5) … keep it (+5)</i>. Hover to see it.</p>
+{"".join(map(example, examples))}</html>"""
 
 
 # ================================================================================ command line
@@ -381,23 +376,20 @@ def parse_args(argv):
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
-    for path in filter(None, [args.html, args.json]):
-        if Path(path).is_dir() or not Path(path).parent.is_dir():
-            parser.error(f"{path} must be a file in an existing folder")
     if args.keep_band and (len(args.subjects) != 1 or not args.out or Path(args.out).exists()):
         parser.error("--keep-band takes one run or model, and an --out that does not exist yet")
     return args
 
 
-def score_contexts(subject, problems, unfolded, cfg):
-    """(numbers, tables, HTML examples) of the subject's attempts under every context."""
+def score_contexts(subject, problems, cfg):
+    """(numbers, tables, examples) of the subject's attempts under every context."""
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
     attempts = sample_attempts(student, tokenizer, problems, cfg)
     sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer), 1)
     judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
     for attempt in attempts:
-        attempt.ends = token_ends(tokenizer, attempt.completion)
+        attempt.tokens = token_texts(tokenizer, attempt.completion, attempt.text)
         attempt.kinds = token_kinds(attempt, judge)
     readings = read_contexts(attempts, student, teacher, tokenizer, cfg)
     kinds = KINDS if judge else PLACES
@@ -407,12 +399,9 @@ def score_contexts(subject, problems, unfolded, cfg):
     shares = analyse({"tokens": ones}, b, cfg.k) | numbers  # shares of all tokens, then of |A_t|
     text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
-    line = "critiques of all attempts: critic_failed {critic_failed:.2f}, aligned {aligned:.2f}, "
-    line += "step_changed {step_changed:.2f}, dropped {dropped:.2f}\n"
-    text += line.format_map(defaultdict(lambda: math.nan, sd.summarise(attempts)))
-    columns = sorted(zip(*readings.values(), strict=True), key=lambda column: column[0].reward)
-    examples = [example(readings, column, unfolded) for column in columns[:3] + columns[-1:]]
-    return numbers, text, examples
+    means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items() if n != "masked"]
+    text += f"all attempts: {', '.join(means)}\n"
+    return numbers, text, pick_examples(readings)
 
 
 @sd.command_line("eval.py")
@@ -420,10 +409,13 @@ def main(argv):
     args = parse_args(argv)
     subjects = [open_subject(name) for name in dict.fromkeys(args.subjects)]
     scored = open_subject(args.advantages or subjects[0].base)
-    check_comparable(subjects, args.data)
+    runs = [subject for subject in subjects if subject.cfg]
+    same = {f"{run.cfg.model} on {args.data or run.cfg.data}" for run in runs}
+    if len(same) > 1:
+        raise UserError(f"cannot compare runs of different --model or --data: {', '.join(same)}")
     explained = args.advantages or args.html
     plain = {"model": scored.base, "condition": "critique" if explained else "grpo", "lr": 1.0}
-    first = next((vars(s.cfg) for s in [*subjects, scored] if s.cfg), plain)
+    first = next((vars(s.cfg) for s in [*runs, scored] if s.cfg), plain)
     given = {name: value for name, value in vars(args).items() if value is not None}
     cfg = sd.parse_args([], first | {"seed": 2} | given)
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
@@ -431,14 +423,12 @@ def main(argv):
         raise UserError(f"{cfg.data} has no problems")
     rows = rows_of(subjects)
     numbers, tables, examples = {}, "", []
-    if rows:
-        print(f"{cfg.k} attempts at each of {len(problems)} problems by", *rows, flush=True)
     scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
         numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
         title = f"{len(problems)} problems of {cfg.data}, {cfg.k} samples [95% interval]"
-        tables = table(title, names, numbers["scores"]) + describe_training(rows)
+        tables = table(title, names, numbers["scores"]) + describe_training(runs)
         print(tables)
     if args.keep_band:
         low, high = args.keep_band
@@ -448,9 +438,9 @@ def main(argv):
         write(args.out, "".join(lines))
         print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
     if explained:
-        unfolded = [s.cfg.condition for s in subjects if s.cfg] or sd.CONTEXTS
-        numbers["contexts"], text, examples = score_contexts(scored, problems, unfolded, cfg)
+        numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
         print(text)
+        print_example(examples[0])
         tables += text
     write(args.html, page(tables, learning_curves(rows), examples))
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))

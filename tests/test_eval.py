@@ -4,16 +4,20 @@ import html
 import importlib
 import json
 import math
+import random
 import re
 import shutil
 import statistics
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import TOY, byte_tokenizer, flags, plain_log_probs, save_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import critic
 import sd
@@ -63,17 +67,18 @@ def test_rows_of_the_table(make_config):
     rows = ev.rows_of([*runs, ev.Subject("root", "root", "root")])
     names = {label: [s.model for s in row] for label, row in rows.items()}
     assert names == {"base": ["root"], "x": ["x", "y"], "w": ["w"]}
+    assert len(set(re.findall('stroke="(.*?)"', ev.learning_curves(rows)))) == 3  # grid, x, w
     swing = torch.tensor([0.0, 100.0] * 10)[None, :, None]  # [S, P, 1]
     scores = {"base": swing, "x": torch.cat([swing + 1, swing + 5]), "w": swing}
     shown = {row: columns["Avg"] for row, columns in ev.score_rows(rows, scores, ["Avg"]).items()}
     assert shown["x"][0] == 53 and shown["x, 2 seeds"] == "51.00 to 55.00"
-    said = ev.describe_training(rows).split("\n")
-    assert said[0] == "x: step 5, 5 of 3 problems x 1 rollouts; best step 5, 0" and len(said) == 2
+    assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == shown["base"]
+    said = ev.describe_training(runs)
+    assert said.startswith("x: 5 steps of 3 x 1 rollouts; best step 5\ny: ") and "WARN" not in said
     curves[2][7] = 0.0
-    assert "WARNING: unequal budgets" in ev.describe_training(rows)
-    assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == "base"
-    band, mean = "0,98.0 5,98.0 5,98.0 0,99.0", "0,98.5 5,98.0"  # y grows downwards
-    assert f'"{band}"' in ev.learning_curves(rows) and f'"{mean}"' in ev.learning_curves(rows)
+    assert "WARNING: unequal budgets" in ev.describe_training(runs)
+    for curve in "0,99.0 5,98.0", "0,98.0 5,98.0":  # of x and of y; y grows downwards
+        assert f'points="{curve}"' in ev.learning_curves(rows)
 
 
 def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypatch):
@@ -96,12 +101,55 @@ def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypat
     assert set(readings["empty"][0].advantages) == {0} and any(readings["critique"][0].advantages)
 
 
-def test_where_tokens_end_and_of_what_kind_they_are(tiny):
-    ids = byte_tokenizer().encode("aé→𝒙", add_special_tokens=False) + [1]
-    assert ev.token_ends(byte_tokenizer(), ids)[:-1] == [1, 1, 2, 2, 2, 3, 3, 3, 3, 4]
+def test_each_character_belongs_to_the_token_that_completes_it(tiny):
+    byte_level, text = byte_tokenizer(), "aé→𝒙 中🍎b a"
+    vocabulary = ["<unk>", "<end>", *[f"<0x{n:02X}>" for n in range(256)], "a", "b", "▁"]
+    core = models.BPE({token: n for n, token in enumerate(vocabulary)}, [], byte_fallback=True)
+    core = Tokenizer(core)  # as in Llama 2: what is not in the vocabulary is written in bytes
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    sentencepiece = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    by_byte = [piece for c in text for piece in [""] * (len(c.encode()) - 1) + [c]] + [""]
+    for tokenizer, written in (byte_level, text), (sentencepiece, text.replace(" ", "▁")):
+        ids = tokenizer.encode(written, add_special_tokens=False) + [1]
+        assert ev.token_texts(tokenizer, ids, text) == by_byte
+
+    core = byte_tokenizer().backend_tokenizer  # with merges that end within a character
+    trainer = trainers.BpeTrainer(
+        vocab_size=275, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(["中丁七万 🍎🍏🍐 éè"] * 9, trainer)
+    merging = PreTrainedTokenizerFast(tokenizer_object=core)
+    text = "中🍎🍐 é万国" * 50
+    ids = merging.encode(text, add_special_tokens=False)
+    prefixes = [merging.decode(ids[: n + 1]) for n in range(len(ids))]
+    whole = [0 if prefix.endswith("\ufffd") else len(prefix) for prefix in prefixes]
+    merging.decode = decode = Mock(side_effect=merging.decode)
+    texts = ev.token_texts(merging, ids, text)
+    assert (
+        list(accumulate(map(len, texts))) == list(accumulate(whole, max))
+        and "" in texts
+        and "".join(texts) == text
+    )
+    assert sum(len(call.args[0]) for call in decode.call_args_list) < 20 * len(ids)  # linear
+
+    assert ev.token_texts(tiny[1], [5, 6, 5, 1], tiny[1].decode([5, 6, 5]))[1].startswith(" ")
+    for tokenizer, characters in (byte_level, "😀"), (sentencepiece, "ééé"):
+        ids = tokenizer.encode(characters, add_special_tokens=False)[:-1]  # no valid UTF-8
+        ids += tokenizer.encode("ab", add_special_tokens=False)
+        assert ev.token_texts(tokenizer, ids + [1], tokenizer.decode(ids))[-2:] == ["b", ""]
+    rng = random.Random(0)
+    for tokenizer in byte_level, sentencepiece, tiny[1]:
+        for _ in range(50):
+            ids = rng.choices(range(4, 200), k=20)
+            text = tokenizer.decode(ids)
+            assert "".join(ev.token_texts(tokenizer, ids + [1], text)) == text
+
+
+def test_of_what_kind_tokens_are(tiny):
     attempt = attempt_of(WRONG, tiny[1])
-    attempt.ends = ev.token_ends(tiny[1], attempt.completion)
-    assert attempt.ends[:4] == [8, 9, 11, 13]
+    attempt.tokens = ev.token_texts(tiny[1], attempt.completion, WRONG)
+    assert attempt.tokens[:4] == ["<step_1>", "2", " *", " 3"] and attempt.tokens[-1] == ""
 
     def judge(problem, text):  # step 2 is wrong in its second operand; so is the answer
         return [None, (text.index("7"), text.index("7") + 1), (0, 0)]
@@ -129,10 +177,29 @@ def test_quantities_by_hand():
     def row(*values):  # two problems, two rounds
         return [attempt_of(WRONG, kinds=["answer"], advantages=[v] if v else []) for v in values]
 
-    readings = {"critique": row(-1, -8, None, -6), "reference": row(-3, None, -4, -1)}
+    readings = {"critique": row(-1, -8, None, -6), "mine": row(None, None, None, None)}
     numbers = ev.analyse(readings, ["answer"], k=2)
-    assert numbers["critique"]["answer"][0] == (-1 + (-8 - 6) / 2) / 2
-    assert numbers["critique − reference"]["answer"][0] == (2 - 5) / 2  # attempts with both
+    assert numbers["critique"]["answer"][0] == (-1 + (-8 - 6) / 2) / 2 and numbers["mine"] == {}
+
+
+def test_the_example_is_the_wrong_attempt_with_the_latest_error(capsys):
+    def column(text, aligned, **more):
+        feedback = critic.Critique(more.get("critique"), aligned=aligned)
+        a = attempt_of(text, feedback=feedback, tokens=["6 + 7", " = 13", ""], **more)
+        a.condition, a.advantages, a.context = "critique", [0.9, -1.5, 2.0], "seen\x1b[2J"
+        return a, replace(a, condition="mine", advantages=[], context=None, masked="no teacher")
+
+    early, late, right = column(WRONG, 0.1), column(WRONG, 0.5), column(RIGHT, 1.0)
+    failed = column(WRONG, 0.0, critique=None)
+    readings = dict(enumerate(zip(failed, right, early, late, right, strict=True)))
+    assert ev.pick_examples(readings) == [late, early, failed, right]
+    ev.print_example(late)
+    *_, shown, seen, nothing, why = capsys.readouterr().out.splitlines()
+    assert shown == "critique: 6 + 7 = 13[-1.5][+2.0]" and seen.endswith("teacher sees: seen [2J")
+    assert nothing.strip() == "mine:" and why.endswith("no teacher")
+    ev.print_example(failed)
+    ev.print_example(right)
+    assert capsys.readouterr().out == ""
 
 
 def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeypatch):
@@ -148,6 +215,7 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
         attempts = ev.sample_attempts(model, tokenizer, problems, cfg)
         for a in attempts:
             assert [a.prompt] == sd.encode_chats(tokenizer, [sd.solver_message(a.problem)])
+            assert a.cut_off == (a.completion[-1] not in [1, *range(40, 60)])  # its end tokens
         return generate.call_count, [a.completion for a in attempts], [a.reward for a in attempts]
 
     first = sampled()
@@ -186,13 +254,14 @@ def test_an_interrupt_keeps_the_batches_sampled_before(tiny, make_config, tmp_pa
 
 def test_what_a_model_wrote_cannot_change_the_page(make_config):
     def page(text):
-        a = attempt_of(text, problem=Problem(text, text, text), ends=[1, len(text)], reward=0.0)
-        a.advantages, a.context, a.critique = [-1.0, 2.0], text, text
+        a = attempt_of(text, problem=Problem(text, text, text), condition=text, reward=0.0)
+        a.tokens, a.advantages = [text[:1], text[1:]], [-1.0, 2.0]
+        a.context = a.critique = text
         curves = ev.learning_curves(
             {text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]}
         )
         table = ev.table(text, [text], {text: {text: text}})
-        return ev.page(table, curves, [ev.example([text], [a], [text])])
+        return ev.page(table, curves, [[a]])
 
     hostile = ["<script>alert(1)</script>", '"\' onload=x "', "</p></pre></style>", "&lt;b>&#60;b>"]
     hostile += ["\x00\x1b[31m", "\u202egnp.exe\u2066\u200f", "<!-- <![CDATA[", "{0} %s", "\ud800"]
@@ -230,18 +299,24 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
     asked, ask_critic = [], sd.ask_critic
     monkeypatch.setattr(sd, "ask_critic", lambda r, *a: asked.append(len(r)) or ask_critic(r, *a))
     monkeypatch.setitem(sd.CONTEXTS, "mine", lambda r: f"mine & {r.critique}")
+    monkeypatch.setitem(sd.CONTEXTS, "silent", lambda r: None)
     monkeypatch.delitem(sd.CONTEXTS, "omit")
     argv = ["--k", "2", "--data", "data.jsonl", "--json", "n.json", "--html", "p.html"]
     ev.main(["runs/c", "runs/c-1", "runs/c", *argv, "runs/g", "--advantages", "runs/c"])
     numbers, page = json.loads(Path("n.json").read_text()), Path("p.html").read_text("utf-8")
     scores = {label: row["Avg@2"] for label, row in numbers["scores"].items()}
     assert list(scores)[:4] == ["base", "runs/c", "runs/c, 2 seeds", "runs/g"]
-    assert scores["base"][0] == 0 and scores["runs/c"][0] == 50 and scores["runs/g"] == "base"
+    assert (
+        scores["base"][0] == 0 and scores["runs/c"][0] == 50 and scores["runs/g"] == scores["base"]
+    )
     assert asked == [4]  # one call, for all attempts and contexts
     contexts = numbers["contexts"]
     assert {"mine", "reference", "shuffled"} < set(contexts) and "omit" not in contexts
     assert contexts["empty"]["wrong value"][0] != 0  # the run is scored, not its base
-    assert contexts["mine"]["teacher right"][0] == 0 and "mine" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
+    assert contexts["silent"] == {} and re.search(r"silent( +–){5}\n", said)
+    assert "cut_off 0.00, critic_failed 0.00, aligned 0.33" in said
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
     own = ["--max-new-tokens", "9", "--critic", str(TOY / "scribe.py")]
     ev.main(["--advantages", "runs/c/best", *argv[:4], *own])  # a plain model
@@ -258,10 +333,11 @@ def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, mon
     """Test problems, the base's attempts, flags before the first run's settings, its dtype."""
     monkeypatch.setattr(ev, "measure", Mock(return_value=torch.zeros(1, 3, 4)))
     with monkeypatch.context() as patch:
-        patch.setattr(ev, "score_contexts", scored := Mock(return_value=({}, "", [])))
+        explained = {}, "", [[attempt_of(RIGHT, condition="mine", tokens=[])]]
+        patch.setattr(ev, "score_contexts", scored := Mock(return_value=explained))
         more = ["--html", "p.html", "--seed", "5", "--temperature", "0.5"]
         ev.main(["runs/c", *more])
-        subject, problems, _, cfg = scored.call_args.args
+        subject, problems, cfg = scored.call_args.args
         assert subject.model == tiny_folder and problems == critic.load_problems(world)[2]
         assert (cfg.seed, cfg.temperature, cfg.max_new_tokens) == (5, 0.5, 12)
         ev.main(["runs/c", *more, "--advantages", "runs/g"])
@@ -269,15 +345,14 @@ def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, mon
     cfg.seed, cfg.dtype, cfg.teacher_thinking, cfg.k = 2, "bfloat16", True, 1
     monkeypatch.setattr(sd, "load_model", load := Mock(wraps=sd.load_model))
     monkeypatch.setattr(sd, "give_context", give := Mock(side_effect=sd.give_context))
-    ev.score_contexts(subject, problems, [], cfg)
+    ev.score_contexts(subject, problems, cfg)
     assert [call.args[2] for call in load.call_args_list] == ["bfloat16"] * 2
     assert all(call.args[3] for call in give.call_args_list)
 
 
 BAD = """: a run or a model
 runs/nix: runs/nix is no run
-runs: runs is no run and no model; runs in runs: runs/broken runs/c runs/c-1 runs/g
-runs/c --html nowhere/p.html: existing folder
+runs: runs is no run and no model
 runs/c other: cannot compare runs of different --model or --data
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
