@@ -57,7 +57,8 @@ def open_subject(name):
     folder = Path(name)
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        raise UserError(f"{name} is no run and no model")
+        runs = " ".join(sorted(str(file.parent) for file in folder.glob("*/metrics.jsonl")))
+        raise UserError(f"{name} is no run and no model; runs in it: {runs or 'none'}")
     if not metrics.exists():
         return Subject(name, name, name)
     try:
@@ -203,19 +204,6 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
         for attempt, answer in zip(taught, samples, strict=True):
             attempt.teacher_right = answer.reward
     return readings
-
-
-def token_texts(tokenizer, ids, text):
-    """[T] each token's part of the text. If it ends within a character, the next one gets all."""
-    texts, start, whole, end = [], 0, 0, 0  # ids[:whole] are text[:end]
-    for n in range(1, len(ids) + 1):
-        # What a token adds depends on what is before it, so decode from the last cut but one.
-        before, window = tokenizer.decode(ids[start:whole]), tokenizer.decode(ids[start:n])
-        old, complete = end, not window.endswith("\ufffd")
-        if complete and text.startswith(window, end - len(before)):
-            start, whole, end = whole, n, end + len(window) - len(before)
-        texts.append(text[old:end])
-    return [*texts[:-1], text[old:]]  # it may stop within a character
 
 
 def token_kinds(attempt, judge):
@@ -376,6 +364,9 @@ def parse_args(argv):
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
+    for path in filter(None, [args.html, args.json]):
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            parser.error(f"{path} must be a file in an existing folder")
     if args.keep_band and (len(args.subjects) != 1 or not args.out or Path(args.out).exists()):
         parser.error("--keep-band takes one run or model, and an --out that does not exist yet")
     return args
@@ -389,7 +380,7 @@ def score_contexts(subject, problems, cfg):
     sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer), 1)
     judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
     for attempt in attempts:
-        attempt.tokens = token_texts(tokenizer, attempt.completion, attempt.text)
+        attempt.tokens = sd.token_texts(tokenizer, attempt.completion, attempt.text)
         attempt.kinds = token_kinds(attempt, judge)
     readings = read_contexts(attempts, student, teacher, tokenizer, cfg)
     kinds = KINDS if judge else PLACES
@@ -399,7 +390,7 @@ def score_contexts(subject, problems, cfg):
     shares = analyse({"tokens": ones}, b, cfg.k) | numbers  # shares of all tokens, then of |A_t|
     text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
-    means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items() if n != "masked"]
+    means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts: {', '.join(means)}\n"
     return numbers, text, pick_examples(readings)
 
@@ -423,6 +414,8 @@ def main(argv):
         raise UserError(f"{cfg.data} has no problems")
     rows = rows_of(subjects)
     numbers, tables, examples = {}, "", []
+    if rows:
+        print(f"{cfg.k} attempts at each of {len(problems)} problems by", *rows, flush=True)
     scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]

@@ -9,22 +9,24 @@ is trained towards its distributions. Which context teaches best? A reference so
 of its own, so the teacher disagrees with right tokens, too. The attempt itself, corrected by a
 critic (a rule in the default toy, else a larger model), makes it disagree at the error only. This
 is the thesis of *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv
-2606.11173). In the toy, the base is right in 11% of attempts. Critiques take it to 94%, references
+2606.11173). In the toy, the base is right in 11% of attempts. Critiques take it to 93%, references
 to 87%, and GRPO, which has a binary reward and no teacher, to 20%.
 
-Below, an attempt at 1*4+3*6+9*9 before training: teacher and student differ in their prompt alone.
+Below, an attempt at 4*3+6*9+9*4 before training: teacher and student differ in their prompt alone.
 A token has its advantage A_t = log π_teacher − log π_student, in nats, if |A_t| >= 1 (tags cut):
 
-    teacher sees  product of 9 and 9 is 81, product of 3 and 6 is 18, sum of 81 and 18 is 99, ...
-    reference     1[-1.6] * 4 = 4, 3[-1.7] * 6 = 18, 9[-1.8] * 9 = 18[-11.0],
-                  4[-1.9] + 18 = 22, 22[-2.4] + 18 = 40, 40
+    teacher sees  product of 9 and 4 is 36, product of 6 and 9 is 54, sum of 36 and 54 is 90, ...
+    reference     4[-1.8] * 3 = 12, 6[-1.8] * 9 = 54, sum[+2.0] of 12 and 54 is 66,
+                  9[-1.9] * 4 = 28[-9.3], 66[-1.3] + 28 = 94, 94
 
-    teacher sees  1 * 4 = 4, 3 * 6 = 18, 9 * 9 = 81, 4 + 18 = 22, 22 + 81 = 103, 103
-    critique      1 * 4 = 4, 3 * 6 = 18, 9 * 9 = 18[-14.7], 4 + 18 = 22, 22 + 18 = 40, 40
+    teacher sees  4 * 3 = 12, 6 * 9 = 54, sum of 12 and 54 is 66, 9 * 4 = 36, 66 + 36 = 102, 102
+    critique      4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
+                  66 + 28 = 94, 94
 
-Both teachers find the error, 9 * 9 = 18. Both go on from the attempt so far, so later steps that
-follow from the error stay. But the first wants each step to begin as its reference does. The loss
-has the same pattern. `python eval.py --advantages tests/toy --k 1` prints this attempt.
+Both teachers find the error, 9 * 4 = 28, and confirm `sum`, which this student seldom writes. Both go
+on from the attempt so far, so steps that follow from the error stay. But the first wants right steps
+to begin as its reference does. The loss is large at the same tokens as |A_t|. The command
+`python eval.py --advantages tests/toy --k 1` prints this attempt under every context.
 
     problem x, context c, attempt y ~ π_θ(· | x); no gradient through sampling, as in GKD
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed, no gradient
@@ -495,6 +497,19 @@ def paint(text, advantage=0.0):
     return f"\x1b[97;48;5;{colour}m{text}\x1b[0m" if sys.stdout.isatty() else text
 
 
+def token_texts(tokenizer, ids, text):
+    """[T] each token's part of the text. If it ends within a character, the next one gets all."""
+    texts, start, whole, end = [], 0, 0, 0  # ids[:whole] are text[:end]
+    for n in range(1, len(ids) + 1):
+        # What a token adds depends on what is before it, so decode from the last cut but one.
+        before, window = tokenizer.decode(ids[start:whole]), tokenizer.decode(ids[start:n])
+        old, complete = end, not window.endswith("\ufffd")
+        if complete and text.startswith(window, end - len(before)):
+            start, whole, end = whole, n, end + len(window) - len(before)
+        texts.append(text[old:end])
+    return [*texts[:-1], text[old:]]  # it may stop within a character
+
+
 def unknown_words(text, tokenizer):
     encoded = {word: tokenizer.encode(word, add_special_tokens=False) for word in text.split()}
     return [word for word, ids in encoded.items() if tokenizer.unk_token_id in ids]
@@ -506,7 +521,7 @@ def show(rollout, tokens, tokenizer):
     if not rollout.context:  # nothing to mark: masked, or a condition without a context
         reason = f" (not trained on: {rollout.masked})" * bool(rollout.masked)
         return tqdm.write(paint(f"attempt{reason}: {rollout.text}"))
-    tqdm.write(f"attempt: {' '.join(map(paint, tokens, rollout.advantages))}")
+    tqdm.write(f"attempt: {''.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     if rollout.critique:
@@ -520,7 +535,7 @@ def show(rollout, tokens, tokenizer):
 def log_rollouts(rollouts, run, tokenizer, cfg):
     """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
     for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
-        tokens = [tokenizer.decode(token) for token in rollout.completion]
+        tokens = token_texts(tokenizer, rollout.completion, rollout.text)
         if not run["samples"]:
             show(rollout, tokens, tokenizer)
         step = run["metrics"][-1]["step"]

@@ -135,7 +135,7 @@ def test_the_attempt_that_is_shown(tiny, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     logged = {"advantages": [-2, 0.5, 3], "teacher_prompt": [1], "context": "Oh dear 9 Step"}
     rollout = sd.Rollout(PROBLEM, [], [], "abc", 0.0, **logged)
-    sd.show(rollout, ["a", "b", "c\x1b"], tiny[1])
+    sd.show(rollout, ["a", " b ", "c\x1b"], tiny[1])
     shown = capsys.readouterr().out
     assert "\x1b[97;48;5;166ma[-2.0]\x1b[0m b \x1b[97;48;5;25mc [+3.0]\x1b[0m\n" in shown
     assert ": Oh dear\n" in shown
