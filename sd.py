@@ -23,9 +23,9 @@ A token has its advantage A_t = log π_teacher − log π_student, in nats, if |
     critique      4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
                   66 + 28 = 94, 94
 
-Both teachers find the error, 9 * 4 = 28, and confirm `sum`, which this student seldom writes. Both go
-on from the attempt so far, so steps that follow from the error stay. But the first wants right steps
-to begin as its reference does. The loss is large at the same tokens as |A_t|. The command
+Both teachers find the error, 9 * 4 = 28, and confirm `sum`, which this student seldom writes. Both
+go on from the attempt so far, so steps that follow from the error stay. But the first wants right
+steps to begin as its reference does. The loss is large at the same tokens as |A_t|. The command
 `python eval.py --advantages tests/toy --k 1` prints this attempt under every context.
 
     problem x, context c, attempt y ~ π_θ(· | x); no gradient through sampling, as in GKD
