@@ -335,7 +335,9 @@ pre{overflow-x:auto;font-size:.8rem} polyline{stroke-width:2.5;vector-effect:non
 details div{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}
 details p{margin:0 0 .3rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere} text{fill:currentColor}
 i{background:linear-gradient(90deg,var(--False),transparent,var(--True))} summary{font-weight:bold}
-[style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}"""
+[style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
+[title]:hover::after{content:attr(title);position:absolute;padding:0 .3rem;background:canvas;
+border:1px solid;transform:translateY(-1.6rem)}"""
 
 
 def page(tables, curves, examples):
@@ -343,12 +345,15 @@ def page(tables, curves, examples):
 <meta name=viewport content="width=device-width"><title>eval.py</title><style>{STYLE}</style>
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
-Made by <code>{escape(shlex.join(sys.argv))}</code></p><pre>{escape(tables)}</pre>{curves}
-<p>A curve per seed. A_t tables cover attempts with a teacher; row tokens: share of all tokens;
-pushed down: right attempts' tokens, A_t &lt; −0.5.</p><h2>Advantages under each context</h2>
-<p>Wrong attempts, the latest error first, and a right one, beside what the teacher sees. A token's
-colour is A_t = log π_teacher(token | problem, context) − log π_student(token | problem), in nats:
-<i>change it (−5) … keep it (+5)</i>. Hover to see it.</p>
+Made by <code>{escape(shlex.join(sys.argv))}</code></p>{curves}
+<p>A curve per seed.</p><details><summary>Tables</summary><pre>{escape(tables)}</pre><p>A_t: over
+attempts with a teacher. Row tokens: share of all tokens. Pushed down: tokens of right attempts
+with A_t &lt; −0.5.</p></details><h2>Advantages under each context</h2><p>Wrong attempts, the
+latest error first, and a right one, beside what the teacher sees. reference: a solution; critique:
+the attempt, corrected; quote: the attempt, then the correction; omit: verdicts, then the
+correction; shuffled: another problem's critique; answer: the right answer; empty: nothing. A
+token's colour is A_t = log π_teacher(token | problem, context) − log π_student(token | problem), in
+nats: <i>change it (−5) … keep it (+5)</i>. Point at a token, or tap it, for the value.</p>
 {"".join(map(example, examples))}</html>"""
 
 
