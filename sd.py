@@ -816,7 +816,9 @@ class Settings:
 def parse_args(argv, defaults=None):
     """The settings, one flag each: --val-samples is val_samples. Raises UserError."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__.partition("An attempt at")[0] + inspect.getsource(Settings))
+        code = Path(__file__).read_text("utf-8")
+        contexts = code[code.index("\nCONTEXTS = ") : code.index("NO_CRITIC = ")]
+        print(__doc__.partition("Below,")[0] + contexts + "\n" + inspect.getsource(Settings))
         sys.exit()
     parser = HfArgumentParser(Settings, usage=SUPPRESS, allow_abbrev=False)
     parser.set_defaults(**defaults or {})
