@@ -6,14 +6,16 @@
 The student writes an attempt at a problem. The teacher is the same model before training, with a
 *context* in its prompt that knows the answer. It scores every token of the attempt, and the student
 is trained towards its distributions. Which context teaches best? A reference solution takes a route
-of its own, so the teacher disagrees with right tokens, too. The attempt itself, corrected by a
-critic (a rule in the default toy, else a larger model), makes it disagree at the error only. This
-is the thesis of *The Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv
-2606.11173). In the toy, the base is right in 11% of attempts. Critiques take it to 93%, references
-to 87%, and GRPO, which has a binary reward and no teacher, to 20%.
+of its own, so the teacher finds right tokens unlikely, too. The attempt itself, corrected by a
+critic that knows the reference, makes it find the error alone unlikely. This is the thesis of *The
+Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). In the default
+toy (0.5M parameters, pretrained to read contexts), the base is right in 11% of its attempts at 100
+test problems. Critiques take it to 93%, references to 87%, and GRPO, which has a binary reward and
+no teacher, to 20% (means of three seeds).
 
 Below, an attempt at 4*3+6*9+9*4 before training: teacher and student differ in their prompt alone.
-A token has its advantage A_t = log π_teacher − log π_student, in nats, if |A_t| >= 1 (tags cut):
+A token y_t is followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if
+|A_t| >= 1. Tags are cut.
 
     teacher sees  product of 9 and 4 is 36, product of 6 and 9 is 54, sum of 36 and 54 is 90, ...
     reference     4[-1.8] * 3 = 12, 6[-1.8] * 9 = 54, sum[+2.0] of 12 and 54 is 66,
@@ -23,15 +25,16 @@ A token has its advantage A_t = log π_teacher − log π_student, in nats, if |
     critique      4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
                   66 + 28 = 94, 94
 
-Both teachers find the error, 9 * 4 = 28, and confirm `sum`, which this student seldom writes. Both
-go on from the attempt so far, so steps that follow from the error stay. But the first wants right
-steps to begin as its reference does. The loss is large at the same tokens as |A_t|. The command
-`python eval.py --advantages tests/toy --k 1` prints this attempt under every context.
+Both teachers find the error, 9 * 4 = 28. Both go on from the attempt so far, so the steps that
+follow from the error are not marked, and both back `sum`, which this student writes in one step of
+ten. But the reference teacher wants right steps to begin with `product` or `sum`, as its own do. In
+1,200 attempts, wrong values are 4% of the tokens and get 88% of |A_t| and of the loss with
+critiques, 60% with references. `python eval.py --advantages tests/toy --k 1` prints this attempt.
 
     problem x, context c, attempt y ~ π_θ(· | x); no gradient through sampling, as in GKD
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed, no gradient
-    loss         mean over tokens of KL(teacher_t ‖ student_t), whose gradient with respect to the
-                 student's logits at t is (student_t − teacher_t) / temperature
+    loss         mean over tokens of KL(teacher_t ‖ student_t). One token's KL has the gradient
+                 (student_t − teacher_t) / τ at the student's logits, where τ is the temperature.
     grpo's loss  mean over tokens of −A_i log student_t(y_t), A_i = (r_i − mean r) / std r, for the
                  rewards r_i of a group of attempts; all tokens of attempt i have the same A_i
 
@@ -43,12 +46,11 @@ update, as in DAPO and in TRL's bnpo; GRPO first took it per attempt. As in the 
 ratios are 1), a KL penalty, a learning-rate schedule, several GPUs.
 
 The lesson ends with `train`; loading, checkpoints and the flags (`cfg`) follow. Further reading, on
-arXiv: GRPO 2402.03300. GKD, distillation on the student's own samples, 2306.13649. SDPO, from
-feedback to itself, 2601.20802. OPSD, from a reference to itself, 2601.18734. DAPO 2503.14476. LoRA,
-the adapters, 2106.09685.
-
-Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem;
-N completion tokens in a micro-batch, no padding; n of them in a chunk; H hidden size; V vocabulary.
+arXiv: GRPO 2402.03300; GKD, distillation on the student's own samples, 2306.13649; SDPO, from
+feedback to itself, 2601.20802; OPSD, from a reference to itself, 2601.18734; DAPO 2503.14476; LoRA,
+the adapters, 2106.09685. Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G
+rollouts of a problem; N completion tokens in a micro-batch, no padding; n of them in a chunk, whose
+logits are held at once; H hidden size; V vocabulary.
 """
 
 import gc
@@ -166,7 +168,7 @@ NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no cr
 # ================================================================================ 1. rollouts
 def group_advantages(rewards):
     """GRPO's A_i = (r_i − mean r) / std r: [problems, G] -> same shape; 0 where all r_i agree."""
-    agree = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # std is not exactly 0 then
+    agree = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # then 0 / 0, or nearly
     std = rewards.std(-1, unbiased=False, keepdim=True)  # population std: divides by G
     return torch.where(agree, 0.0, (rewards - rewards.mean(-1, keepdim=True)) / std)
 
@@ -179,7 +181,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
         text = completion_text(model, tokenizer, completion)
-        reward = float(is_correct(text, problem.answer))  # last_answer 0.5, answer 1/2: 1.0
+        reward = float(is_correct(text, problem.answer))  # by value: 0.5 is 1/2
         cut_off = completion[-1] not in model.generation_config.eos_token_id
         rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
@@ -296,7 +298,7 @@ DIVERGENCES = {"forward_kl": lambda s, t: kl(t, s), "reverse_kl": kl, "jsd": jsd
 
 
 def accumulate_gradients(model, rollouts, step_tokens, cfg):
-    """Adds a micro-batch's share to the step's gradient. Returns its share of (loss, entropy)."""
+    """Adds a micro-batch's part of the step's gradient. Returns its part of (loss, entropy)."""
     completions = [r.completion for r in rollouts]
     tokens = torch.tensor([t for c in completions for t in c], device=model.device)  # [N]
     student_states = hidden_states(model, [r.prompt for r in rollouts], completions)  # [N, H]
