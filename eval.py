@@ -292,18 +292,20 @@ def escape(text):
 
 
 def learning_curves(rows):
-    """An SVG of validation Avg against step, with a legend. Each seed has its own line."""
+    """An SVG of validation Avg against step, with a legend: mean and range of the seeds."""
     lines, legend, last = "", "", 1
-    for n, (label, runs) in enumerate(rows.items()):
-        if not runs[0].cfg:
-            continue
+    for n, runs in enumerate(runs for runs in rows.values() if runs[0].cfg):
+        steps = [step for step in runs[0].curve if all(step in run.curve for run in runs)]
+        values = {step: [100 - run.curve[step] for run in runs] for step in steps}
+        mean = " ".join(f"{step},{fmean(v)}" for step, v in values.items())
+        band = [f"{step},{min(v)}" for step, v in values.items()]
+        band += [f"{step},{max(values[step])}" for step in reversed(steps)]
+        last = max(last, *steps)
         colour = f"hsl({20 + 277 * n} 75% 50%)"
         style = f'stroke="{colour}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
-        for run in runs:
-            points = " ".join(f"{step},{100 - value}" for step, value in run.curve.items())
-            lines += f'<polyline points="{points}" {style}/>'
-            last = max(last, *run.curve)
-        legend += f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(label)}'
+        lines += f'<polygon points="{" ".join(band)}" fill="{colour}" opacity=".2"/>'
+        lines += f'<polyline points="{mean}" {style}/>'
+        legend += f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(runs[0].name)}'
     return f"""<svg class=chart viewBox="0 0 420 250"><g text-anchor=end><text x=44 y=14>100</text>
 <text x=44 y=114>50</text><text x=44 y=214>0</text></g>
 <path d="M50 10h360M50 60h360M50 110h360M50 160h360M50 210h360" stroke="#8886"/>
@@ -346,11 +348,11 @@ def page(tables, curves, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p>{curves}
-<p>A curve per seed.</p><details><summary>Tables</summary><pre>{escape(tables)}</pre><p>A_t: over
-attempts with a teacher. Row tokens: share of all tokens. Pushed down: tokens of right attempts
-with A_t &lt; −0.5.</p></details><h2>Advantages under each context</h2><p>Wrong attempts, the
-latest error first, and a right one, beside what the teacher sees. reference: a solution; critique:
-the attempt, corrected; quote: the attempt, then the correction; omit: verdicts, then the
+<p>Mean and range of the seeds.</p><details><summary>Tables</summary><pre>{escape(tables)}</pre>
+<p>A_t: over attempts with a teacher. Row tokens: share of all tokens. Pushed down: tokens of right
+attempts with A_t &lt; −0.5.</p></details><h2>Advantages under each context</h2><p>Wrong attempts,
+the latest error first, and a right one, beside what the teacher sees. reference: a solution;
+critique: the attempt, corrected; quote: the attempt, then the correction; omit: verdicts, then the
 correction; shuffled: another problem's critique; answer: the right answer; empty: nothing. A
 token's colour is A_t = log π_teacher(token | problem, context) − log π_student(token | problem), in
 nats: <i>change it (−5) … keep it (+5)</i>. Point at a token, or tap it, for the value.</p>
