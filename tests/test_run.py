@@ -68,7 +68,8 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
         monkeypatch.setattr(sd, "is_correct", reward_some)
 
     def test(command):  # the trained model's memory is free by then
-        assert not any(isinstance(thing, sd.LoRALinear) for thing in gc.get_objects())
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        assert not any(4 in tensor.shape and tensor.dim() == 2 for tensor in tensors)  # rank 4
         return 0
 
     run.test.side_effect = test
@@ -90,6 +91,14 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
     assert run.test.call_args.args[0][2:5] == [str(out), "--k", "3"]
     assert run(tmp_path / "again", condition=condition, test_samples=0)[0] == 0
     assert run.test.call_count == 1 and not (tmp_path / "again/best").exists()  # the base is
+
+
+def test_validation_reports_avg_and_pass(monkeypatch, problems, make_config):
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]  # 2 samples of each of 3 problems
+    rollouts = [sd.Rollout(problems[n // 2], [], [1], "", r) for n, r in enumerate(rewards)]
+    monkeypatch.setattr(sd, "sample_rollouts", lambda *_: rollouts)
+    row = sd.validate(None, None, problems[:3], 4, make_config(val_samples=2))
+    assert row == pytest.approx({"val_avg": 50, "val_pass": 200 / 3})
 
 
 def test_every_problem_once_an_epoch_and_new_draws_a_step(run, tmp_path, problems, monkeypatch):
