@@ -223,7 +223,7 @@ def give_context(rollout, condition, tokenizer, thinking):
 
 # ================================================================================ 3. scoring
 class LoRALinear(nn.Module):
-    """W x + (α/r) B A x: a frozen linear layer W and an update of rank r, with A and B in fp32."""
+    """W x + (α/rank) B A x: a frozen linear layer W and a low-rank update, A and B in fp32."""
 
     enabled = True  # one switch for all layers. Off: the teacher, without a second network
 
@@ -802,8 +802,8 @@ class Settings:
     divergence: Literal[*DIVERGENCES] = "forward_kl"  # the loss
     temperature: float = 1.0  # in sampling and scoring
     max_new_tokens: int = None  # longest completion [the toy's: 64]
-    lora_rank: int = 64  # r, the adapters' rank
-    lora_alpha: float = 128.0  # α: scales adapters by α/r
+    lora_rank: int = 64  # the adapters' rank
+    lora_alpha: float = 128.0  # α: scales adapters by α/rank
     max_grad_norm: float = 1.0  # clips the gradient's norm
     eval_every: int = 10  # steps between validations
     val_samples: int = 8  # samples per validation problem
