@@ -1,35 +1,36 @@
 """Self-distillation from feedback, in one file.
 
     python sd.py --condition critique
-    python sd.py --condition reference --seed 1 --resume
 
 The student writes an attempt at a problem. The teacher is the same model before training, with a
 *context* in its prompt that knows the answer. It scores every token of the attempt, and the student
 is trained towards its distributions. Which context teaches best? A reference solution takes a route
-of its own, so the teacher finds right tokens unlikely, too. The attempt itself, corrected by a
-critic that knows the reference, makes it find the error alone unlikely. This is the thesis of *The
-Role of Feedback Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). In the default
-toy (0.5M parameters, pretrained to read contexts), the base is right in 11% of its attempts at 100
-test problems. Critiques take it to 93%, references to 87%, and GRPO, which has a binary reward and
-no teacher, to 20% (means of three seeds).
+of its own, so the teacher finds right tokens unlikely, too, and loss is spent on wording. With the
+attempt itself, corrected by a critic (the toy's is a rule) that knows the reference, it finds the
+error alone unlikely. This is the thesis of *The Role of Feedback Alignment in Self-Distillation*
+(Kara & Ersoy, arXiv 2606.11173). The base of the toy (0.5M parameters, pretrained to read solutions
+of both routes) is right in 11% of its attempts at 100 test problems. At their best validation step,
+critiques take it to 93%, references to 87%, and GRPO, which has a binary reward and no teacher, to
+20% (means of three seeds, each within 4).
 
 Below, an attempt at 4*3+6*9+9*4 before training: teacher and student differ in their prompt alone.
 A token y_t is followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if
-|A_t| >= 1. Tags are cut.
+|A_t| >= 1. The tags are cut.
 
-    teacher sees  product of 9 and 4 is 36, product of 6 and 9 is 54, sum of 36 and 54 is 90, ...
-    reference     4[-1.8] * 3 = 12, 6[-1.8] * 9 = 54, sum[+2.0] of 12 and 54 is 66,
-                  9[-1.9] * 4 = 28[-9.3], 66[-1.3] + 28 = 94, 94
+    reference:  product of 9 and 4 is 36, product of 6 and 9 is 54, sum of 36 and 54 is 90, ...
+    attempt     4[-1.8] * 3 = 12, 6[-1.8] * 9 = 54, sum[+2.0] of 12 and 54 is 66,
+                9[-1.9] * 4 = 28[-9.3], 66[-1.3] + 28 = 94, 94
 
-    teacher sees  4 * 3 = 12, 6 * 9 = 54, sum of 12 and 54 is 66, 9 * 4 = 36, 66 + 36 = 102, 102
-    critique      4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
-                  66 + 28 = 94, 94
+    critique:   4 * 3 = 12, 6 * 9 = 54, sum of 12 and 54 is 66, 9 * 4 = 36, 66 + 36 = 102, 102
+    attempt     4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
+                66 + 28 = 94, 94
 
-Both teachers find the error, 9 * 4 = 28. Both go on from the attempt so far, so the steps that
+Both teachers find the error, 9 * 4 = 28. Both go on from the attempt so far, so the values that
 follow from the error are not marked, and both back `sum`, which this student writes in one step of
-ten. But the reference teacher wants right steps to begin with `product` or `sum`, as its own do. In
-1,200 attempts, wrong values are 4% of the tokens and get 88% of |A_t| and of the loss with
-critiques, 60% with references. `python eval.py --advantages tests/toy --k 1` prints this attempt.
+ten. But with the reference the teacher wants every step to begin with `product` or `sum`. In 1,200
+attempts, values that are wrong in their own step (28, not 94) are 4% of the tokens. They get 88% of
+|A_t| and of the loss with critiques, 60% of both with references. That this makes the gap is the
+thesis, not shown here. `python eval.py --advantages tests/toy --k 1` prints this attempt.
 
     problem x, context c, attempt y ~ π_θ(· | x); no gradient through sampling, as in GKD
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed, no gradient
@@ -46,11 +47,10 @@ update, as in DAPO and in TRL's bnpo; GRPO first took it per attempt. As in the 
 ratios are 1), a KL penalty, a learning-rate schedule, several GPUs.
 
 The lesson ends with `train`; loading, checkpoints and the flags (`cfg`) follow. Further reading, on
-arXiv: GRPO 2402.03300; GKD, distillation on the student's own samples, 2306.13649; SDPO, from
-feedback to itself, 2601.20802; OPSD, from a reference to itself, 2601.18734; DAPO 2503.14476; LoRA,
-the adapters, 2106.09685. Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G
-rollouts of a problem; N completion tokens in a micro-batch, no padding; n of them in a chunk, whose
-logits are held at once; H hidden size; V vocabulary.
+arXiv: GRPO 2402.03300; GKD (distillation on the student's own samples) 2306.13649; SDPO (a teacher
+that sees feedback) 2601.20802; OPSD (a reference) 2601.18734; DAPO 2503.14476; LoRA 2106.09685.
+Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem; N
+completion tokens in a micro-batch, n in a chunk (logits held at once); H hidden size; V vocabulary.
 """
 
 import gc
@@ -794,7 +794,7 @@ class Settings:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16"] = None  # of frozen weights [bfloat16 on cuda]
     # the method
-    teacher_thinking: bool = False  # enable_thinking in the teacher's prompt
+    teacher_thinking: bool = False  # enable_thinking in the teacher's prompt, as in the paper
     steps: int = 70  # training steps
     problems_per_step: int = 32
     group_size: int = None  # rollouts per problem [8 in grpo, else 1]
