@@ -8,10 +8,9 @@ is trained towards its distributions. Which context teaches best? A reference so
 of its own, so the teacher finds right tokens unlikely, too, and loss is spent on wording. With the
 attempt itself, corrected by a critic (the toy's is a rule) that knows the reference, it finds the
 error alone unlikely. This is the thesis of *The Role of Feedback Alignment in Self-Distillation*
-(Kara & Ersoy, arXiv 2606.11173). The base of the toy (0.5M parameters, pretrained to read solutions
-of both routes) is right in 11% of its attempts at 100 test problems. At their best validation step,
-critiques take it to 93%, references to 87%, and GRPO, which has a binary reward and no teacher, to
-20% (means of three seeds, each within 4).
+(Kara & Ersoy, arXiv 2606.11173). The base of the toy (pretrained to read solutions of both routes)
+is right in 11% of its attempts at 100 test problems. At their best validation step, critiques take
+it to 93%, references to 87%, and GRPO, with a binary reward and no teacher, to 20% (three seeds).
 
 Below, an attempt at 4*3+6*9+9*4 before training: teacher and student differ in their prompt alone.
 A token y_t is followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if
@@ -88,6 +87,7 @@ calculation:
 
 <step_1>...</step_1>
 <step_2>...</step_2>
+<step_3>...</step_3>
 <answer>...</answer>
 
 The answer is a number or expression alone. Begin with <step_1> and write nothing outside
