@@ -522,7 +522,8 @@ def show(rollout, tokens, tokenizer):
     tqdm.write(f"\nproblem: {paint(rollout.problem.statement)}, reward {rollout.reward:g}")
     if not rollout.context:  # nothing to mark: masked, or a condition without a context
         reason = f" (not trained on: {rollout.masked})" * bool(rollout.masked)
-        return tqdm.write(paint(f"attempt{reason}: {rollout.text}"))
+        wrote = f" The critic wrote: {rollout.feedback.reply}" * bool(rollout.feedback.reply)
+        return tqdm.write(paint(f"attempt{reason}: {rollout.text}{wrote}"))
     tqdm.write(f"attempt: {''.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
@@ -567,7 +568,7 @@ def report_base(metrics, cfg):
         tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
     if metrics["formatted"] < 0.6:
         tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
-    if metrics["reward"] == 0:
+    if metrics["reward"] == 0 and cfg.condition == "grpo":
         tqdm.write("WARNING: no attempt is right; grpo needs some: take easier problems")
 
 

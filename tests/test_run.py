@@ -170,6 +170,7 @@ def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
     rule.write_text(lines + "    return right(problem, attempt) if len(calls) > 1 else 'cut o'\n")
     assert run(tmp_path / "run", critic=rule, problems_per_step=1)[0] == 0
     assert "step 1 trained on nothing: 1 x no critique" in run.said
+    assert "The critic wrote: cut o" in run.said
     masked = [m["masked"] for m in read_lines(tmp_path / "run/metrics.jsonl")[1:]]
     [first, *_] = read_lines(tmp_path / "run/samples.jsonl")
     assert masked == [1, 0, 0, 0] and first["feedback"]["reply"] == "cut o"
