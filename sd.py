@@ -4,8 +4,8 @@
 
 The student writes an attempt at a problem. The teacher is the same model before training, with a
 *context* in its prompt that knows the answer. It scores every token of the attempt, and the student
-is trained towards its distributions. Which context teaches best? A reference solution takes a route
-of its own, so the teacher finds right tokens unlikely, too, and loss is spent on wording. With the
+is trained towards its distributions. Which context teaches best? A reference solution takes another
+route, so the teacher finds right tokens unlikely, too, and loss is spent on wording. With the
 attempt itself, corrected by a critic (the toy's is a rule) that knows the reference, it finds the
 error alone unlikely. This is the thesis of *The Role of Feedback Alignment in Self-Distillation*
 (Kara & Ersoy, arXiv 2606.11173). The base of the toy (pretrained to read solutions of both routes)
@@ -876,7 +876,7 @@ def main(argv):
         cfg, run = open_run(argv)
         print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv, flush=True)
         train(cfg, run)
-        if cfg.test_samples:  # by eval.py, in a process of its own: training's memory is free
+        if cfg.test_samples:  # eval.py in a new process: training's memory is free
             run.clear()
             gc.collect()
             torch.cuda.empty_cache()
