@@ -377,7 +377,7 @@ def cached(complete, identity):
     def ask(rollouts, messages):
         files = {message: cache_file("critic", [identity, message]) for message in messages}
         new = [message for message in files if not files[message].exists()]
-        replies = tqdm(complete(new), "critic", len(new), leave=False) if new else []
+        replies = tqdm(complete(new), "critic", len(new), leave=False, disable=None) if new else []
         failures, lost = {}, 0
         for message, (text, failure) in zip(new, replies, strict=True):
             lost += text is None

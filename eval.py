@@ -3,8 +3,6 @@
     python eval.py runs/grpo runs/reference runs/critique       the table
     python eval.py --advantages runs/critique                   its attempts under every context
     python eval.py runs/grpo runs/critique --html report.html   both, with learning curves
-    python eval.py MODEL --data all.jsonl --keep-band 0.05 0.35 --out hard.jsonl
-                          keep the problems that the model solves in 5% to 35% of its attempts
 
 A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
 Intervals are 95% bootstraps over problems. Samples are cached in runs/.cache. --json FILE saves all
@@ -15,6 +13,7 @@ Shapes: P problems, S seeds, Q quantities, T tokens of an attempt.
 
 import argparse
 import html
+import inspect
 import json
 import math
 import runpy
@@ -77,7 +76,9 @@ def describe_training(runs):
     text, budgets = "", set()
     for run in runs:
         last, size = max(run.curve), f"{run.cfg.problems_per_step} x {run.cfg.group_size} rollouts"
-        text += f"{run.name}: {last} steps of {size}; best step {run.best_step}\n"
+        text += (
+            f"{run.name}: {last} steps of {size}, lr {run.cfg.lr:g}; best step {run.best_step}\n"
+        )
         budgets.add(last * run.cfg.problems_per_step)
     if len(budgets) > 1:
         text += "WARNING: unequal budgets: the runs differ in the number of problems trained on\n"
@@ -113,7 +114,8 @@ def write(path, text):
 def sample(model, tokenizer, problems, prompts, cfg):
     """A graded Attempt for each prompt. The token ids of each batch are cached."""
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    for start in tqdm(range(0, len(prompts), cfg.gen_batch), model.name_or_path, leave=False):
+    starts = range(0, len(prompts), cfg.gen_batch)
+    for start in tqdm(starts, model.name_or_path, leave=False, disable=None):
         batch = prompts[start : start + cfg.gen_batch]
         identity = [model.fingerprint, cfg.device, cfg.seed, settings, start, batch]
         file = critic.cache_file("eval", identity)
@@ -291,72 +293,111 @@ def escape(text):
     return html.escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
-def learning_curves(rows):
-    """An SVG of validation Avg against step, with a legend: mean and range of the seeds."""
-    lines, legend, last = "", "", 1
-    for n, runs in enumerate(runs for runs in rows.values() if runs[0].cfg):
-        steps = [step for step in runs[0].curve if all(step in run.curve for run in runs)]
-        values = {step: [100 - run.curve[step] for run in runs] for step in steps}
-        mean = " ".join(f"{step},{fmean(v)}" for step, v in values.items())
-        band = [f"{step},{min(v)}" for step, v in values.items()]
-        band += [f"{step},{max(values[step])}" for step in reversed(steps)]
-        last = max(last, *steps)
-        colour = f"hsl({20 + 277 * n} 75% 50%)"
-        style = f'stroke="{colour}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
-        lines += f'<polygon points="{" ".join(band)}" fill="{colour}" opacity=".2"/>'
-        lines += f'<polyline points="{mean}" {style}/>'
-        legend += f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(runs[0].name)}'
+def colour(n):
+    return f"hsl({20 + 277 * n} 75% 50%)"
+
+
+def bars(rows):
+    """Stacked bars of {label: [(width in %, colour)]}."""
+    text = ""
+    for label, parts in rows.items():
+        spans = [f'<i style="width:{width:.2f}%;background:{fill}"></i>' for width, fill in parts]
+        text += f"<dt>{escape(label)}<dd>{''.join(spans)}"
+    return f"<dl>{text}</dl>"
+
+
+def chart(marks, last, x_label, y_label):
+    """An SVG of marks in x from 0 to last and y from 0 (top) to 100."""
     return f"""<svg class=chart viewBox="0 0 420 250"><g text-anchor=end><text x=44 y=14>100</text>
 <text x=44 y=114>50</text><text x=44 y=214>0</text></g>
 <path d="M50 10h360M50 60h360M50 110h360M50 160h360M50 210h360" stroke="#8886"/>
-<svg x=50 y=10 width=360 height=200 viewBox="0 0 {last} 100" preserveAspectRatio=none>{lines}</svg>
+<svg x=50 y=10 width=360 height=200 viewBox="0 0 {last} 100" preserveAspectRatio=none>{marks}</svg>
 <g text-anchor=middle><text x=50 y=228>0</text><text x=230 y=228>{last / 2:g}</text>
-<text x=410 y=228>{last}</text><text x=230 y=246>training step</text>
-<text x=-110 y=14 transform=rotate(-90)>validation Avg, %</text></g></svg><p>{legend}</p>"""
+<text x=405 y=228>{last}</text><text x=230 y=246>{x_label}</text>
+<text x=-110 y=14 transform=rotate(-90)>{y_label}</text></g></svg>"""
+
+
+def charts(rows, averages, contexts):
+    """Validation Avg against step, test Avg against the teacher's accuracy, and a legend."""
+    lines, points, legend, last = "", "", "", 1
+    for n, (label, runs) in enumerate(rows.items()):
+        style = f'stroke="{colour(n)}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
+        legend += f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(label)}'
+        for curve in [run.curve for run in runs if run.cfg]:
+            path = " ".join(f"{step},{100 - avg}" for step, avg in curve.items())
+            lines += f'<polyline points="{path}" {style}/>'
+            last = max(last, *curve)
+        context = contexts.get(runs[0].cfg.condition if runs[0].cfg else "empty")
+        if context:
+            place = f"M{context['teacher right'][0]} {100 - averages[label][0]}h0"
+            points += f'<path class=dot d="{place}" stroke="{colour(n)}"/>'
+    curves = chart(lines, last, "training step", "validation Avg, %")
+    return curves + chart(points, 100, "teacher right, %", "test Avg, %") + f"<p>{legend}</p>"
 
 
 def example(column):
-    """An attempt under each context, tokens coloured by A_t."""
+    """An attempt under each context, tokens coloured by A_t. A switch shows one at a time."""
     rows = ""
-    for a in column:
+    for n, a in enumerate(column):
         tokens = ""
         for token, value in zip(a.tokens, a.advantages, strict=False):
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
             tokens += f"<span {style}>{escape(token)}</span>"
-        rows += f"<details open><summary>{escape(a.condition)}</summary>"
-        rows += f"<div><p>{tokens}</p><p>{escape(a.context or a.masked)}</p></div></details>"
+        rows += f"<div class=c{n}><p>{tokens}</p><p>{escape(a.context or a.masked)}</p></div>"
     title = f"{a.problem.statement} ({a.problem.answer}): {'right' if a.reward else 'wrong'}"
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
 STYLE = """:root{color-scheme:light dark;--False:light-dark(#e0600a,#f07a28)}
-:root{--True:light-dark(#0072b2,#3aa0e8)} .chart{width:100%;max-width:36rem;font-size:12px}
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
-pre{overflow-x:auto;font-size:.8rem} polyline{stroke-width:2.5;vector-effect:non-scaling-stroke}
-.key{display:inline-block;width:40px;height:10px;margin-left:1rem;stroke-width:2.5}
-details div{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}
-details p{margin:0 0 .3rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere} text{fill:currentColor}
-i{background:linear-gradient(90deg,var(--False),transparent,var(--True))} summary{font-weight:bold}
-[style]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
+:root{--True:light-dark(#0072b2,#3aa0e8)} .chart{width:100%;max-width:35rem;font-size:12px}
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem} h3{margin:.8rem 0}
+polyline,.dot{vector-effect:non-scaling-stroke;overflow:visible} pre{overflow-x:auto}
+polyline,.key{stroke-width:2.5} .dot{stroke-width:14;stroke-linecap:round} svg{overflow:visible}
+.key{display:inline-block;width:40px;height:10px;margin-left:1rem} text{fill:currentColor}
+dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem} dt{text-align:right}
+dd{margin:auto 0;display:flex;height:1rem;background:#8882} dd i+i+i{border-left:2px solid canvas}
+p,code{white-space:pre-wrap;overflow-wrap:anywhere} b{color:#fff;padding:.3rem} div p{margin:0}
+div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
+nav{position:sticky;top:0;background:canvas;padding:.5rem 0} summary{font-weight:bold}
+i{background:linear-gradient(90deg,var(--False),transparent,var(--True))}
+[title]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
 [title]:hover::after{content:attr(title);position:absolute;padding:0 .3rem;background:canvas;
 border:1px solid;transform:translateY(-1.6rem)}"""
 
 
-def page(tables, curves, examples):
+def page(rows, training, numbers, tables, examples):
+    contexts, scores, shares, averages = numbers["contexts"], {}, {}, {}
+    for n, label in enumerate(rows):
+        averages[label] = mean, low, high = next(iter(numbers["scores"][label].values()))
+        parts = [(low, "none"), (mean - low, colour(n)), (high - mean, colour(n))]
+        scores[f"{label}: {mean:.1f}"] = parts
+    kinds = [name for name in contexts["tokens"] if name.startswith("share ")]
+    fills = dict(zip(kinds, ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
+    for name, row in contexts.items():
+        shares[name] = [(row[kind][0], fills[kind]) for kind in kinds if kind in row]
+    key = [f'<b style="background:{fills[kind]}">{escape(kind[6:])}</b>' for kind in kinds]
+    switch, rules, told = "", "", ""
+    for n, name in enumerate(a.condition for a in examples[0]):
+        about = sd.CONTEXTS[name].__doc__ or inspect.getsource(sd.CONTEXTS[name]).strip()
+        checked = " checked" * (name == "critique")
+        switch += f"<label><input type=radio name=c id=r{n}{checked}>{escape(name)}</label> "
+        rules += f":has(#r{n}:checked) .c{n}{{display:grid}}"
+        told += f"<div class=c{n}><code>{escape(about)}</code></div>"
     return f"""<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width"><title>eval.py</title><style>{STYLE}</style>
-<h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy,
+<meta name=viewport content="width=device-width"><title>{escape(" ".join(sys.argv[1:]))}</title>
+<style>{STYLE}{rules}</style><h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy, \
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
-Made by <code>{escape(shlex.join(sys.argv))}</code></p>{curves}
-<p>Mean and range of the seeds.</p><details><summary>Tables</summary><pre>{escape(tables)}</pre>
-<p>A_t: over attempts with a teacher. Row tokens: share of all tokens. Pushed down: tokens of right
-attempts with A_t &lt; −0.5.</p></details><h2>Advantages under each context</h2><p>Wrong attempts,
-the latest error first, and a right one, beside what the teacher sees. reference: a solution;
-critique: the attempt, corrected; quote: the attempt, then the correction; omit: verdicts, then the
-correction; shuffled: another problem's critique; answer: the right answer; empty: nothing. A
-token's colour is A_t = log π_teacher(token | problem, context) − log π_student(token | problem), in
-nats: <i>change it (−5) … keep it (+5)</i>. Point at a token, or tap it, for the value.</p>
-{"".join(map(example, examples))}</html>"""
+Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
+<h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
+</p>{charts(rows, averages, contexts)}<p>A line for each seed. Teacher right: its own samples.</p>
+<h2>Where the advantage is: shares of |A_t| in wrong attempts</h2><p>{" ".join(key)}</p>
+{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.</p>
+<h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
+sees. A token's colour is A_t = log π_teacher(token | problem, context) − log π_student(token | \
+problem), in nats: <i>change it (−5) … keep it (+5)</i>. Point at a token, or tap it, for the value.
+</p><nav>{switch}{told}</nav>{"".join(map(example, examples))}
+<details><summary>Tables</summary><pre>{escape(tables)}</pre><p>A_t: over attempts with a teacher. \
+Pushed down: tokens of right attempts with A_t &lt; −0.5.</p></details></html>"""
 
 
 # ================================================================================ command line
@@ -364,7 +405,6 @@ def parse_args(argv):
     parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("subjects", nargs="*")
-    parser.add_argument("--keep-band", nargs=2, type=float)
     parser.add_argument("--k", type=int, default=12)
     for name in ["advantages", "html", "json", *sd.Settings.__annotations__]:
         parser.add_argument(f"--{name.replace('_', '-')}")
@@ -374,13 +414,11 @@ def parse_args(argv):
     for path in filter(None, [args.html, args.json]):
         if Path(path).is_dir() or not Path(path).parent.is_dir():
             parser.error(f"{path} must be a file in an existing folder")
-    if args.keep_band and (len(args.subjects) != 1 or not args.out or Path(args.out).exists()):
-        parser.error("--keep-band takes one run or model, and an --out that does not exist yet")
     return args
 
 
 def score_contexts(subject, problems, cfg):
-    """(numbers, tables, examples) of the subject's attempts under every context."""
+    """(numbers, tables, examples) of the subject's attempts under every context, and all tokens."""
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
     attempts = sample_attempts(student, tokenizer, problems, cfg)
@@ -397,9 +435,13 @@ def score_contexts(subject, problems, cfg):
     shares = analyse({"tokens": ones}, b, cfg.k) | numbers  # shares of all tokens, then of |A_t|
     text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
+    right = {name: row["teacher right"] for name, row in numbers.items() if "teacher right" in row}
+    *_, chance = right.pop("empty", [-1])  # the interval's end without a context
+    for name in [name for name, interval in right.items() if interval[0] <= chance]:
+        text += f"{name}: the teacher is not better than without a context: it does not use it\n"
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts: {', '.join(means)}\n"
-    return numbers, text, pick_examples(readings)
+    return shares, text, pick_examples(readings)
 
 
 @sd.command_line("eval.py")
@@ -420,29 +462,22 @@ def main(argv):
     if not problems:
         raise UserError(f"{cfg.data} has no problems")
     rows = rows_of(subjects)
-    numbers, tables, examples = {}, "", []
+    numbers, tables, examples = {"scores": {}}, "", []
     if rows:
         print(f"{cfg.k} attempts at each of {len(problems)} problems by", *rows, flush=True)
     scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
-        numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
+        numbers |= {"scores": score_rows(rows, scores, names), "problems": scores}
         title = f"{len(problems)} problems of {cfg.data}, {cfg.k} samples [95% interval]"
         tables = table(title, names, numbers["scores"]) + describe_training(runs)
         print(tables)
-    if args.keep_band:
-        low, high = args.keep_band
-        averages = list(scores.values())[-1][0, :, 0].tolist()  # the last row is the subject's
-        kept = [p for p, a in zip(problems, averages, strict=True) if low <= a / 100 <= high]
-        lines = [json.dumps({"problem": p.statement} | vars(p)) + "\n" for p in kept]
-        write(args.out, "".join(lines))
-        print(f"{len(kept)} of {len(problems)} problems are in {args.out}")
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
         print(text)
         print_example(examples[0])
         tables += text
-    write(args.html, page(tables, learning_curves(rows), examples))
+        write(args.html, page(rows, describe_training(runs), numbers, tables, examples))
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
 
 

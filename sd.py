@@ -365,7 +365,7 @@ def validate(model, tokenizer, problems, step, cfg):
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.val_samples, cfg)
     metrics = summarise(rollouts)
     if step == 0:
-        report_base(metrics, cfg)
+        report_base(metrics, len(rollouts), cfg)
     passed = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.val_samples).amax(-1)
     return {"val_avg": 100 * metrics["reward"], "val_pass": 100 * passed.mean().item()}
 
@@ -388,12 +388,12 @@ def train(cfg, run):
                 rollouts, metrics = train_step(model, tokenizer, optimizer, batch, ask, cfg)
                 row |= metrics | summarise(rollouts)
                 log_rollouts(rollouts, run, tokenizer, cfg)
-                bar.set_postfix(loss=row["loss"], best_avg=run["best_avg"])
                 bar.update()
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 bar.set_postfix_str(f"validation of step {step}")
                 row |= validate(model, tokenizer, val_set, step, cfg)
                 save_checkpoint(adapters, optimizer, run, cfg)
+            bar.set_postfix(best_avg=run["best_avg"], loss=row.get("loss"))
             write_logs(run, cfg)
 
 
@@ -418,7 +418,7 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens, temperature)
     # Full softmax, as in scoring: no top-k; load_model resets the rest. Temperature 0 is greedy.
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
     completions, starts = [], range(0, len(prompts), batch_size)
-    for start in tqdm(starts, "sampling", leave=False, disable=len(starts) == 1):
+    for start in tqdm(starts, "sampling", leave=False, disable=None):  # None: not in a log file
         batch = {"input_ids": prompts[start : start + batch_size]}
         batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
@@ -559,11 +559,11 @@ def check_trained(rollouts, rows, cfg):
         raise UserError(f"nothing to train on in {len(rows)} steps: {said}")
 
 
-def report_base(metrics, cfg):
+def report_base(metrics, count, cfg):
     """Prints how the base copes with the prompt, and what to change if it does not."""
     shares = "Avg {:.1f}, {:.0f}% have a closed <answer>, {:.0f}% cut off at --max-new-tokens {}"
     percent = [100 * metrics[name] for name in ("reward", "formatted", "cut_off")]
-    tqdm.write("base: " + shares.format(*percent, cfg.max_new_tokens))
+    tqdm.write(f"base, {count} attempts: {shares.format(*percent, cfg.max_new_tokens)}")
     if metrics["cut_off"] > 0.2:
         tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
     if metrics["formatted"] < 0.6:
@@ -823,7 +823,7 @@ def parse_args(argv, defaults=None):
         contexts = code[code.index("\nCONTEXTS = ") : code.index("NO_CRITIC = ")]
         print(__doc__.partition("Below,")[0] + contexts + "\n" + inspect.getsource(Settings))
         sys.exit()
-    parser = HfArgumentParser(Settings, usage=SUPPRESS, allow_abbrev=False)
+    parser = HfArgumentParser(Settings, usage=SUPPRESS)
     parser.set_defaults(**defaults or {})
     cfg = parser.parse_args(argv)
     fill_in(cfg)
@@ -844,7 +844,7 @@ def fill_in(cfg):
         cfg.critic = cfg.critic or own["critic"]
     missing = [name for name in own if getattr(cfg, name) is None]
     if missing and Path(cfg.model).resolve() != TOY:
-        start = {"max_new_tokens": " (start from 512)", "lr": " (start from 1e-5)"}
+        start = {"max_new_tokens": " (start from 512)", "lr": " (start from 2e-5)"}
         flags = [f"--{name.replace('_', '-')}{start.get(name, '')}" for name in missing]
         raise UserError(f"--model {cfg.model} needs {' '.join(flags)}: the defaults are the toy's")
     vars(cfg).update({name: own[name] for name in missing})
@@ -876,6 +876,7 @@ def main(argv):
         cfg, run = open_run(argv)
         print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv, flush=True)
         train(cfg, run)
+        saved = "best/ has the best weights" if run["best_step"] else "no step beat the base"
         if cfg.test_samples:  # eval.py in a new process: training's memory is free
             run.clear()
             gc.collect()
@@ -884,6 +885,7 @@ def main(argv):
             test += ["--k", str(cfg.test_samples), "--json", f"{cfg.out}/result.json"]
             if status := subprocess.call(test):
                 sys.exit(status)
+        print(f"{cfg.out}: {saved}. Next: python eval.py {cfg.out} --k 1 --html report.html")
 
 
 if __name__ == "__main__":

@@ -67,18 +67,23 @@ def test_rows_of_the_table(make_config):
     rows = ev.rows_of([*runs, ev.Subject("root", "root", "root")])
     names = {label: [s.model for s in row] for label, row in rows.items()}
     assert names == {"base": ["root"], "x": ["x", "y"], "w": ["w"]}
-    assert len(set(re.findall('stroke="(.*?)"', ev.learning_curves(rows)))) == 3  # grid, x, w
     swing = torch.tensor([0.0, 100.0] * 10)[None, :, None]  # [S, P, 1]
     scores = {"base": swing, "x": torch.cat([swing + 1, swing + 5]), "w": swing}
     shown = {row: columns["Avg"] for row, columns in ev.score_rows(rows, scores, ["Avg"]).items()}
     assert shown["x"][0] == 53 and shown["x, 2 seeds"] == "51.00 to 55.00"
     assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == shown["base"]
     said = ev.describe_training(runs)
-    assert said.startswith("x: 5 steps of 3 x 1 rollouts; best step 5\ny: ") and "WARN" not in said
+    assert (
+        said.startswith("x: 5 steps of 3 x 1 rollouts, lr 0.004; best step 5\ny: ")
+        and "WARN" not in said
+    )
     curves[2][7] = 0.0
     assert "WARNING: unequal budgets" in ev.describe_training(runs)
-    for curve in "0,98.5 5,98.0", "0,98.0 5,98.0 5,98.0 0,99.0":  # mean, range; y grows downwards
-        assert f'points="{curve}"' in ev.learning_curves(rows)
+    contexts = {"critique": {"teacher right": [70.0]}, "empty": {"teacher right": [20.0]}}
+    drawn = ev.charts(rows, {"base": [10.0], "x": [53.0], "w": [30.0]}, contexts)
+    assert len(set(re.findall('stroke="(.*?)"', drawn))) == 4  # grid, base, x, w
+    for mark in 'points="0,99.0 5,98.0"', 'points="0,98.0 5,98.0"', "M70.0 47.0h0", "M20.0 90.0h0":
+        assert mark in drawn  # y grows downwards
 
 
 def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypatch):
@@ -252,16 +257,15 @@ def test_an_interrupt_keeps_the_batches_sampled_before(tiny, make_config, tmp_pa
     assert [a.completion for a in attempts] == [[5], [6], [7]] and generate.call_count == 4
 
 
-def test_what_a_model_wrote_cannot_change_the_page(make_config):
+def test_what_a_model_wrote_cannot_change_the_page(make_config, monkeypatch):
     def page(text):
         a = attempt_of(text, problem=Problem(text, text, text), condition=text, reward=0.0)
         a.tokens, a.advantages = [text[:1], text[1:]], [-1.0, 2.0]
         a.context = a.critique = text
-        curves = ev.learning_curves(
-            {text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]}
-        )
-        table = ev.table(text, [text], {text: {text: text}})
-        return ev.page(table, curves, [[a]])
+        numbers = {"scores": {text: {"Avg": [1.0, 0.0, 2.0]}}, "contexts": {"tokens": {}, text: {}}}
+        monkeypatch.setitem(sd.CONTEXTS, text, Mock(__doc__=text))
+        rows = {text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]}
+        return ev.page(rows, text, numbers, text, [[a]])
 
     hostile = ["<script>alert(1)</script>", '"\' onload=x "', "</p></pre></style>", "&lt;b>&#60;b>"]
     hostile += ["\x00\x1b[31m", "\u202egnp.exe\u2066\u200f", "<!-- <![CDATA[", "{0} %s", "\ud800"]
@@ -295,7 +299,7 @@ def runs(tmp_path, small, tiny, monkeypatch):
     monkeypatch.setattr(sd, "generate", generate)
 
 
-def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch, capsys):
+def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     asked, ask_critic = [], sd.ask_critic
     monkeypatch.setattr(sd, "ask_critic", lambda r, *a: asked.append(len(r)) or ask_critic(r, *a))
     monkeypatch.setitem(sd.CONTEXTS, "mine", lambda r: f"mine & {r.critique}")
@@ -317,23 +321,19 @@ def test_table_advantages_json_page_and_keep_band(runs, make_config, monkeypatch
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
     assert contexts["silent"] == {} and re.search(r"silent( +–){5}\n", said)
     assert "critic_failed 0.00, aligned 0.33" in said
+    assert "mine: the teacher is not better" in said and "silent: the teacher" not in said
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
     own = ["--max-new-tokens", "9", "--critic", str(TOY / "scribe.py")]
     ev.main(["--advantages", "runs/c/best", *argv[:4], *own])  # a plain model
     model, _ = ev.open_subject("runs/c").load(make_config(dtype="bfloat16"))
     assert model.dtype == torch.float32  # as it was saved
-    problems = critic.read_problems("data.jsonl")  # the first is never solved, the second always
-    for band, kept in ("0 0.9", problems[:1]), ("0.1 1", problems[1:]), ("0.1 0.9", []):
-        ev.main(["runs/c", *argv[:4], "--out", "kept.jsonl", "--keep-band", *band.split()])
-        assert critic.read_problems("kept.jsonl") == kept
-        Path("kept.jsonl").unlink()
 
 
 def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, monkeypatch):
     """Test problems, the base's attempts, flags before the first run's settings, its dtype."""
     monkeypatch.setattr(ev, "measure", Mock(return_value=torch.zeros(1, 3, 4)))
     with monkeypatch.context() as patch:
-        explained = {}, "", [[attempt_of(RIGHT, condition="mine", tokens=[])]]
+        explained = {"tokens": {}}, "", [[attempt_of(RIGHT, condition="critique", tokens=[])]]
         patch.setattr(ev, "score_contexts", scored := Mock(return_value=explained))
         more = ["--html", "p.html", "--seed", "5", "--temperature", "0.5"]
         ev.main(["runs/c", *more])
@@ -357,8 +357,7 @@ runs/c other: cannot compare runs of different --model or --data
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
 runs/c --k 0: --k
-runs/c --data empty.jsonl: no problems
-runs/c --data data.jsonl --keep-band 0.1 0.2 --out runs/../data.jsonl: not exist yet"""
+runs/c --data empty.jsonl: no problems"""
 
 
 @pytest.mark.parametrize("case", BAD.split("\n"))

@@ -178,13 +178,14 @@ def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
 
 def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp_path, capsys):
     run(tmp_path / "run", condition="grpo", steps=1)
-    row = "base: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% cut off at --max-new-tokens 12\n"
+    row = "base, [0-9]+ attempts: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% cut off at "
+    row += "--max-new-tokens 12\n"
     cut_off, noise = "WARNING: .* raise --max-new-tokens\n", "WARNING: .* change SOLVE .*\n"
     assert re.search(f"{row}{cut_off}{noise}WARNING: no attempt is right", run.said)
     shares = {"reward": 0.1, "formatted": 0.5, "cut_off": 0.1}
-    sd.report_base(shares, sd.parse_args([]))
+    sd.report_base(shares, 4, sd.parse_args([]))
     assert "change SOLVE" in capsys.readouterr().out
-    sd.report_base(shares | {"formatted": 0.8}, sd.parse_args([]))
+    sd.report_base(shares | {"formatted": 0.8}, 4, sd.parse_args([]))
     assert "WARNING" not in capsys.readouterr().out
 
 
@@ -195,7 +196,7 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
     ):
         sd.parse_args(own)
     with pytest.raises(
-        critic.UserError, match=r"needs --data --lr .start from 1e-5.: the defaults are the toy's"
+        critic.UserError, match=r"needs --data --lr .start from 2e-5.: the defaults are the toy's"
     ):
         sd.parse_args([*own[:2], "--condition", "grpo", "--max-new-tokens", "9"])
     assert sd.parse_args([*own, "--condition=grpo", "--lr=1", "--max-new-tokens=9"]).critic
