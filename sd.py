@@ -5,16 +5,16 @@
 The student writes an attempt at a problem. The teacher is the same model before training, with a
 *context* in its prompt that knows the answer. It scores every token of the attempt, and the student
 is trained towards its distributions. Which context teaches best? A reference solution takes another
-route, so the teacher finds right tokens unlikely, too, and loss is spent on wording. With the
-attempt itself, corrected by a critic (the toy's is a rule) that knows the reference, it finds the
-error alone unlikely. This is the thesis of *The Role of Feedback Alignment in Self-Distillation*
-(Kara & Ersoy, arXiv 2606.11173). The base of the toy (pretrained to read solutions of both routes)
-is right in 11% of its attempts at 100 test problems. At their best validation step, critiques take
-it to 93%, references to 87%, and GRPO, with a binary reward and no teacher, to 20% (three seeds).
+route, so the teacher finds even right tokens unlikely, and loss is spent on wording. A *critique*
+is the attempt itself, corrected by a critic (in the toy, a rule) that knows the reference. Given
+it, the teacher finds only the error unlikely. This is the thesis of *The Role of Feedback Alignment
+in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy's base, pretrained to write both
+routes and to use a solution in its prompt, is right in 11% of its attempts at 100 test problems.
+Critiques take it to 93%, references to 87%, and GRPO (a binary reward, no teacher, 8 times the
+attempts) to 20%: three seeds, each at its best validation step.
 
-Below, an attempt at 4*3+6*9+9*4 before training: teacher and student differ in their prompt alone.
-A token y_t is followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if
-|A_t| >= 1. The tags are cut.
+Below, an attempt at 4*3+6*9+9*4 (tags cut) before training: only the prompts differ. A token y_t is
+followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if |A_t| >= 1.
 
     reference:  product of 9 and 4 is 36, product of 6 and 9 is 54, sum of 36 and 54 is 90, ...
     attempt     4[-1.8] * 3 = 12, 6[-1.8] * 9 = 54, sum[+2.0] of 12 and 54 is 66,
@@ -24,30 +24,30 @@ A token y_t is followed by its advantage A_t = log teacher_t(y_t) − log studen
     attempt     4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
                 66 + 28 = 94, 94
 
-Both teachers find the error, 9 * 4 = 28. Both go on from the attempt so far, so the values that
-follow from the error are not marked, and both back `sum`, which this student writes in one step of
-ten. But with the reference the teacher wants every step to begin with `product` or `sum`. In 1,200
-attempts, values that are wrong in their own step (28, not 94) are 4% of the tokens. They get 88% of
-|A_t| and of the loss with critiques, 60% of both with references. That this makes the gap is the
-thesis, not shown here. `python eval.py --advantages tests/toy --k 1` prints this attempt.
+Both teachers find the error, 9 * 4 = 28. As pretrained to, both compute with the attempt's own
+values, so 94, which follows from the error, is not marked. Both back `sum`, which the student
+writes in one step of ten. But with the reference the teacher wants every step to begin with
+`product` or `sum`. In 1,200 attempts, values that are wrong in their own step (28, not 94) are 4%
+of the tokens. They get 88% of |A_t| and of the loss with critiques, 60% of both with references.
+That this makes the gap (93% to 87%) is the thesis, not shown here. `python eval.py --advantages
+tests/toy --k 1` prints this attempt.
 
-    problem x, context c, attempt y ~ π_θ(· | x); no gradient through sampling, as in GKD
-    student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed, no gradient
+    problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
+    student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
     loss         mean over tokens of KL(teacher_t ‖ student_t). One token's KL has the gradient
-                 (student_t − teacher_t) / τ at the student's logits, where τ is the temperature.
-    grpo's loss  mean over tokens of −A_i log student_t(y_t), A_i = (r_i − mean r) / std r, for the
-                 rewards r_i of a group of attempts; all tokens of attempt i have the same A_i
+                 (student_t − teacher_t) / τ at the student's logits; τ is the temperature.
+    grpo's loss  mean over tokens of −A_i log student_t(y_t), A_i = (r_i − mean r) / std r for the
+                 rewards r_i of a group of attempts (0 if they agree); one A_i for each attempt
 
-A_t is logged only. In the policy gradient of reverse KL, KL(student_t ‖ teacher_t), it would stand
-where A_i stands. Forward KL (the paper's, and ours) makes the student cover all that the teacher
-might write; reverse KL makes it drop what the teacher would not. The mean is over all tokens of an
-update, as in DAPO and in TRL's bnpo; GRPO first took it per attempt. As in the paper, grpo samples
-8 attempts at a problem, the others one. Left out: ratio clipping (there is one update per batch, so
-ratios are 1), a KL penalty, a learning-rate schedule, several GPUs.
+A_t is a diagnostic, not trained on. In the policy gradient of reverse KL, KL(student_t ‖
+teacher_t), it would stand where A_i stands. Forward KL (the paper's, and ours) makes the student
+cover all that the teacher might write; reverse KL makes it drop what the teacher would not. The
+mean is over all tokens of an update, as in DAPO and TRL's bnpo; GRPO first took it per attempt.
+Left out: ratio clipping (one update per batch, so ratios are 1), a KL penalty, a rate schedule.
 
-The lesson ends with `train`; loading, checkpoints and the flags (`cfg`) follow. Further reading, on
-arXiv: GRPO 2402.03300; GKD (distillation on the student's own samples) 2306.13649; SDPO (a teacher
-that sees feedback) 2601.20802; OPSD (a reference) 2601.18734; DAPO 2503.14476; LoRA 2106.09685.
+The lesson ends with `train`; loading, checkpoints and flags (`cfg`) follow. To read, on arXiv: GRPO
+2402.03300; GKD (distillation on the student's own samples) 2306.13649; SDPO (a teacher that sees
+feedback) 2601.20802; OPSD (a reference) 2601.18734; DAPO 2503.14476; LoRA 2106.09685.
 Shapes: B sequences of P prompt and T completion tokens, L = max(P + T); G rollouts of a problem; N
 completion tokens in a micro-batch, n in a chunk (logits held at once); H hidden size; V vocabulary.
 """
@@ -127,7 +127,7 @@ class Rollout:
     cut_off: bool = False  # max_new_tokens came before an end token
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
-    feedback: critic.Critique = critic.Critique(None)  # its measures or, if it failed, the reason
+    feedback: critic.Critique = critic.Critique(None)  # share of steps kept etc., or why it failed
     other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
@@ -136,20 +136,20 @@ class Rollout:
 
 
 def omit(rollout):
-    """A verdict on each step and a correction, without the attempt."""
+    """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: 2: 4 * 5 = 20"."""
     attempt, critique = rollout.text, rollout.critique
     wrong = first_difference(attempt, critique)  # first step that the critique changes
     right = parse_steps(attempt[: wrong.start] if wrong else attempt)
     verdicts = [f"{step.title} is correct." for step in right]
-    return " ".join([*verdicts, correction(attempt, critique)])  # or "... Every step is correct."
+    return " ".join([*verdicts, correction(attempt, critique)])  # or "Every step is correct."
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
-# If it needs no critique, add it to NO_CRITIC. tests/toy/README.md lists the toy's words.
+# If it needs no critique, add it to NO_CRITIC. The toy reads only the words of its README.md.
 # Examples for the attempt  1: 2 * 3 = 6  2: 4 * 5 = 21  3: 6 + 21 = 27  answer: 27  (tags cut)
 CONTEXTS = {
-    "grpo": None,  # no teacher
+    "grpo": None,  # no teacher, for any rollout
     # 1: product of 4 and 5 is 20  2: product of 2 and 3 is 6  3: sum of 20 and 6 is 26  answer: 26
     "reference": lambda rollout: rollout.problem.solution,
     # 1: 2 * 3 = 6  2: 4 * 5 = 20  3: 6 + 20 = 26  answer: 26
@@ -158,9 +158,9 @@ CONTEXTS = {
     "answer": lambda rollout: f"<answer>{rollout.problem.answer}</answer>",
     # 1: 2 * 3 = 6  2: 4 * 5 = 21 ... answer: 27  Step 2 is wrong. Correct: 2: 4 * 5 = 20
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
-    "omit": omit,  # Step 1 is correct. Step 2 is wrong. Correct: 2: 4 * 5 = 20
+    "omit": omit,
     "shuffled": lambda rollout: rollout.other_critique,  # of an attempt at another problem
-    "empty": lambda rollout: "",  # the student's prompt: loss 0 (without --teacher-thinking)
+    "empty": lambda rollout: "",  # a check: the student's prompt, so loss stays 0 (if not thinking)
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -182,7 +182,7 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
         text = completion_text(model, tokenizer, completion)
         reward = float(is_correct(text, problem.answer))  # by value: 0.5 is 1/2
-        cut_off = completion[-1] not in model.generation_config.eos_token_id
+        cut_off = completion[-1] not in model.generation_config.eos_token_id  # a list
         rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten(), strict=True):
@@ -204,7 +204,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt or, where that is impossible, `masked`."""
+    """Sets context and teacher_prompt or `masked`. thinking: the chat template's switch."""
     if rollout.critique is None and condition not in NO_CRITIC:
         rollout.masked = f"no critique: {rollout.feedback.failure}"
         return
@@ -371,7 +371,7 @@ def validate(model, tokenizer, problems, step, cfg):
 
 
 def train(cfg, run):
-    """Trains for cfg.steps steps. `run` is what a checkpoint holds: see open_run."""
+    """Trains for cfg.steps steps. `run`: metrics, samples, best step; see open_run."""
     (train_set, val_set, _), model, tokenizer = prepare(cfg, run)
     ask = None if cfg.condition in NO_CRITIC else open_critic(cfg, model, tokenizer)
     torch.manual_seed(cfg.seed)
