@@ -393,7 +393,7 @@ def train(cfg, run):
                 bar.set_postfix_str(f"validation of step {step}")
                 row |= validate(model, tokenizer, val_set, step, cfg)
                 save_checkpoint(adapters, optimizer, run, cfg)
-            bar.set_postfix(best_avg=run["best_avg"], loss=row.get("loss"))
+            bar.set_postfix(best_avg=run["best_avg"], loss=row.get("loss", "–"))
             write_logs(run, cfg)
 
 
