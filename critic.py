@@ -57,11 +57,8 @@ class Problem:
 
 def read_problems(path):
     """The problems of a JSONL file, one object a line. Raises UserError with file and line."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} is not a file")
     problems = []
-    lines = Path(path).read_text("utf-8-sig", errors="surrogateescape").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
