@@ -28,16 +28,16 @@ def draw_terms(rng: random.Random, args) -> list[int]:
     return [rng.randrange(10 ** (args.digits - 1), 10**args.digits) for _ in range(args.terms)]
 
 
-def make_problem(terms: list[int], text: str, gap: str) -> Problem:
-    solution = join_steps(*work_out((terms, []), REFERENCE), gap)
-    return Problem(text.format(" + ".join(map(str, terms))), solution, answer=str(sum(terms)))
+def make_problem(terms: list[int]) -> Problem:
+    solution = join_steps(*work_out((terms, []), REFERENCE), gap="\n")
+    return Problem(TEXT.format(" + ".join(map(str, terms))), solution, answer=str(sum(terms)))
 
 
-def draw_problems(args, text: str = TEXT, gap: str = "\n") -> dict[str, list[Problem]]:
+def draw_problems(args) -> dict[str, list[Problem]]:
     """The three sets, without duplicates and the same every time."""
     rng, problems = random.Random("problems"), {}
     while len(problems) < sum(SIZES.values()):
-        problem = make_problem(draw_terms(rng, args), text, gap)
+        problem = make_problem(draw_terms(rng, args))
         problems[problem.statement] = problem
     rest = iter(problems.values())
     return {name: [next(rest) for _ in range(n)] for name, n in SIZES.items()}
@@ -45,10 +45,10 @@ def draw_problems(args, text: str = TEXT, gap: str = "\n") -> dict[str, list[Pro
 
 def write_problems(sets: dict[str, list[Problem]], folder: Path) -> None:
     for name, problems in sets.items():
-        lines = [
-            json.dumps({"problem": problem.statement} | vars(problem)) + "\n"
-            for problem in problems
+        rows = [
+            {"problem": p.statement, "solution": p.solution, "answer": p.answer} for p in problems
         ]
+        lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 

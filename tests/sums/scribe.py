@@ -54,11 +54,8 @@ def replace(state: tuple, words: str, rest: list[int], value: int) -> tuple[list
     return terms if any(terms) else [], [*sums, value]
 
 
-def work_out(state: tuple, words: str = OWN, add=sum) -> tuple[list[str], int]:
-    """Continues from the state in the way of a step with these words: (step texts, answer).
-
-    add: computes a step's value; prepare.py passes one that makes errors.
-    """
+def work_out(state: tuple, words: str = OWN) -> tuple[list[str], int]:
+    """Continues from the state in the way of a step with these words: (step texts, answer)."""
     texts = []
     while len(state[0] + state[1]) > 1:
         if words != OWN:
@@ -66,7 +63,7 @@ def work_out(state: tuple, words: str = OWN, add=sum) -> tuple[list[str], int]:
             words = f"add {place}s: " if len(state[0]) > 1 else REFERENCE
         there = operands_there(state, words)
         operands = there[:2] if words == OWN else there
-        value = add(operands)
+        value = sum(operands)
         texts.append(f"{words}{' + '.join(map(str, operands))} = {value}")
         state = replace(state, words, there[len(operands) :], value)
     return texts, (state[0] + state[1])[0]

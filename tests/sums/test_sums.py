@@ -1,15 +1,12 @@
-"""tests/sums: the critic's four cases, its verdicts, and what the preparation leaves untrained."""
+"""tests/sums: the critic's four cases and its verdicts, and the problems."""
 
-import random
-import re
 import runpy
 import sys
-from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, byte_tokenizer
+from conftest import ROOT
 
-from critic import Problem
+from critic import Problem, is_correct, load_problems
 
 SCRIBE = runpy.run_path(ROOT / "tests/sums/scribe.py")
 PROBLEM = Problem("Add, in steps of the form a + b = c: 34 + 57 + 86", "a reference", "177")
@@ -45,19 +42,13 @@ def test_scribe_other_task():
     assert SCRIBE["critique"](Problem("What is twice 2?", "s", "4"), RIGHT) is None
 
 
-@pytest.mark.parametrize("share", [0, 1])
-def test_only_wrong_values_are_untrained(share, monkeypatch):
+def test_the_problems_answer_is_their_solutions_and_their_critiques(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "scribe", raising=False)  # the toy's has the same name
-    prepare, tokenizer = runpy.run_path(ROOT / "tests/sums/prepare.py"), byte_tokenizer()
-    rng = random.Random(0)
-    args = SimpleNamespace(terms=4, digits=3, wrong_share=share)
-    samples = [prepare["draw_sample"](rng, args, n % 3 > 0) for n in range(100)]
-    _, responses, trained = prepare["encode"](tokenizer, samples, 1)
-    for ids, keep in zip(responses, trained, strict=True):
-        assert ids[-1] == 1 and keep[-1]  # the end token
-        text, wrong = tokenizer.decode(ids[:-1]), []  # a token is a byte
-        for operands, value in re.findall(r"([0-9 +]+) = ([0-9]+)", text):
-            if sum(map(int, operands.split("+"))) != int(value):
-                wrong.append(value)
-        assert len(wrong) == share
-        assert "".join(wrong) == "".join(text[t] for t, kept in enumerate(keep) if not kept)
+    monkeypatch.setattr(sys, "argv", ["problems.py", "--out", str(tmp_path), "--digits", "3"])
+    runpy.run_path(ROOT / "tests/sums/problems.py", run_name="__main__")
+    sets = load_problems(tmp_path)  # which raises if two are the same
+    assert [len(problems) for problems in sets] == [300, 50, 100]
+    for problem in sets[2]:
+        total = sum(int(number) for number in problem.statement.split(": ")[1].split(" + "))
+        for text in problem.solution, SCRIBE["critique"](problem, "no steps"):
+            assert is_correct(text, problem.answer) and problem.answer == str(total)
