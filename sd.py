@@ -6,12 +6,12 @@ The student writes an attempt at a problem. The teacher is the same model before
 *context* in its prompt that knows the answer. It scores every token of the attempt, and the student
 is trained towards its distributions. Which context teaches best? A reference solution takes another
 route, so the teacher finds even right tokens unlikely, and loss is spent on wording. A *critique*
-is the attempt itself, corrected by a critic (in the toy, a rule) that knows the reference. Given
-it, the teacher finds only the error unlikely. This is the thesis of *The Role of Feedback Alignment
-in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy's base, pretrained to write both
-routes and to use a solution in its prompt, is right in 11% of its attempts at 100 test problems.
-Critiques take it to 93%, references to 87%, and GRPO (a binary reward, no teacher, 8 times the
-attempts) to 20%: three seeds, each at its best validation step.
+is the attempt, corrected by a critic that knows the reference (a larger model; in our toy, a rule).
+Given it, the teacher finds only the error unlikely. This is the thesis of *The Role of Feedback
+Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy is sums of products. Its
+base, pretrained to write both routes and to use a solution in its prompt, is right in 11% of its
+attempts at 100 test problems. Critiques take it to 93%, references to 87%, and GRPO (a binary
+reward, no teacher, 8 times the attempts) to 20%: means of three seeds at their best steps.
 
 Below, an attempt at 4*3+6*9+9*4 (tags cut) before training: only the prompts differ. A token y_t is
 followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if |A_t| >= 1.
@@ -24,13 +24,13 @@ followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in na
     attempt     4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
                 66 + 28 = 94, 94
 
-Both teachers find the error, 9 * 4 = 28. As pretrained to, both compute with the attempt's own
-values, so 94, which follows from the error, is not marked. Both back `sum`, which the student
-writes in one step of ten. But with the reference the teacher wants every step to begin with
-`product` or `sum`. In 1,200 attempts, values that are wrong in their own step (28, not 94) are 4%
-of the tokens. They get 88% of |A_t| and of the loss with critiques, 60% of both with references.
-That this makes the gap (93% to 87%) is the thesis, not shown here. `python eval.py --advantages
-tests/toy --k 1` prints this attempt.
+Both teachers find the error, 9 * 4 = 28, but with the reference the teacher wants every step to
+begin with `product` or `sum`. In 1,200 attempts of the base, values that are wrong in their own
+step (28, not 94) are 4% of the tokens. They get 88% of |A_t| and of the loss with critiques, 60% of
+both with references. The thesis is that this makes the gap between 93% and 87%; it is not shown
+here. The base was pretrained to go on from an attempt's own values, so 94, which follows from the
+error, is not marked. It writes `sum` in one step of ten; both contexts back it. `python eval.py
+--advantages tests/toy --k 1` prints this attempt.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
@@ -42,8 +42,8 @@ tests/toy --k 1` prints this attempt.
 A_t is a diagnostic, not trained on. In the policy gradient of reverse KL, KL(student_t ‖
 teacher_t), it would stand where A_i stands. Forward KL (the paper's, and ours) makes the student
 cover all that the teacher might write; reverse KL makes it drop what the teacher would not. The
-mean is over all tokens of an update, as in DAPO and TRL's bnpo; GRPO first took it per attempt.
-Left out: ratio clipping (one update per batch, so ratios are 1), a KL penalty, a rate schedule.
+mean is over all tokens of an update, as in DAPO; GRPO first took it per attempt. Left out: ratio
+clipping (one update per batch, so ratios are 1), a KL penalty, a learning-rate schedule.
 
 The lesson ends with `train`; loading, checkpoints and flags (`cfg`) follow. To read, on arXiv: GRPO
 2402.03300; GKD (distillation on the student's own samples) 2306.13649; SDPO (a teacher that sees
@@ -141,12 +141,12 @@ def omit(rollout):
     wrong = first_difference(attempt, critique)  # first step that the critique changes
     right = parse_steps(attempt[: wrong.start] if wrong else attempt)
     verdicts = [f"{step.title} is correct." for step in right]
-    return " ".join([*verdicts, correction(attempt, critique)])  # or "Every step is correct."
+    return " ".join([*verdicts, correction(attempt, critique)])  # may end "Every step is correct."
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
 # None for "no teacher for this rollout". A new design is one entry here; its key is a --condition.
-# If it needs no critique, add it to NO_CRITIC. The toy reads only the words of its README.md.
+# If it needs no critique, add it to NO_CRITIC. The toy knows only the words in its README.md.
 # Examples for the attempt  1: 2 * 3 = 6  2: 4 * 5 = 21  3: 6 + 21 = 27  answer: 27  (tags cut)
 CONTEXTS = {
     "grpo": None,  # no teacher, for any rollout
@@ -160,7 +160,7 @@ CONTEXTS = {
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
     "omit": omit,
     "shuffled": lambda rollout: rollout.other_critique,  # of an attempt at another problem
-    "empty": lambda rollout: "",  # a check: the student's prompt, so loss stays 0 (if not thinking)
+    "empty": lambda rollout: "",  # the student's prompt: loss stays 0 (without --teacher-thinking)
 }
 NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
 
@@ -306,7 +306,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
         prompts = [r.teacher_prompt for r in rollouts]
         with torch.no_grad(), adapters_off():
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
-    A_i = [r.group_advantage for r in rollouts for _ in r.completion]  # 0 without groups
+    A_i = [r.group_advantage for r in rollouts for _ in r.completion]  # 0 if group_size is 1
     A_i = torch.tensor(A_i, device=model.device)  # [N]
 
     # Logits of all N tokens may not fit in memory. So backward has two stages: each chunk's loss
