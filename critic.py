@@ -64,12 +64,12 @@ def read_problems(path):
         try:
             row = json.loads(line)
             for name in ("problem", "solution", "answer"):
-                text = row[name]
+                text = row.get(name)
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"{name} must be a string with text, got {text!r}")
                 text.encode()  # a lone surrogate would break a tokenizer
         except Exception as error:  # json raises many types
-            said = f"{path}, line {number}: expected problem, solution and answer: {error!r}"
+            said = f"{path}, line {number}: expected problem, solution and answer: {error}"
             raise UserError(said) from None
         problems.append(Problem(row["problem"], row["solution"], row["answer"]))
     return problems
@@ -289,7 +289,7 @@ def parse_critique(reply, rollout):
             walk.pop()
         walk.append(step)
     if "answer" not in [step.name for step in walk[1:]]:
-        return Critique(None, "no steps or no answer", reply)
+        return Critique(None, "no steps or no answer" if reply else "no reply", reply)
     if not is_correct(reply, rollout.problem.answer):
         return Critique(None, "wrong answer", reply)
     text = align(walk, rollout.text)
@@ -305,9 +305,11 @@ def parse_critique(reply, rollout):
 
 def rule_critic(path):
     """A .py critic: critique(problem, attempt) -> text or None; eval.py also uses judge."""
-    critique = runpy.run_path(path).get("critique")
-    if critique is None:
-        raise UserError(f"{path} has no function critique(problem, attempt)")
+    try:
+        critique = runpy.run_path(path)["critique"]
+    except Exception as error:  # whatever the file raises, or KeyError
+        said = f"cannot get critique(problem, attempt) from {path}: {error!r}"
+        raise UserError(said) from None
 
     def ask(rollouts, messages):
         return [parse_critique(critique(r.problem, r.text), r) for r in rollouts]

@@ -257,6 +257,13 @@ def analyse(readings, names, k):
     return numbers
 
 
+def unused(numbers):
+    """The contexts with which the teacher is right no more often than without one."""
+    right = {name: row["teacher right"] for name, row in numbers.items() if "teacher right" in row}
+    *_, chance = right.pop("empty", [-1])  # the upper end of the interval
+    return [name for name, (mean, *_) in right.items() if mean <= chance]
+
+
 # ================================================================================ tables and page
 def table(title, columns, rows):
     """The text of a table; rows are {label: {column: interval or text}}."""
@@ -285,7 +292,7 @@ def print_example(column):
         print(f"marked if |A_t| >= 1 nat: {sd.paint('change it', -1)}, {sd.paint('keep it', 1)}")
         for a in column:
             print(f"{a.condition}: {''.join(map(sd.paint, a.tokens, a.advantages))}")
-            print(f"    teacher sees: {sd.paint(a.context or a.masked)}")
+            print(f"    teacher sees: {sd.paint(a.context or a.masked or '(nothing)')}")
 
 
 def escape(text):
@@ -307,32 +314,39 @@ def bars(rows):
 
 
 def chart(marks, last, x_label, y_label):
-    """An SVG of marks in x from 0 to last and y from 0 (top) to 100."""
-    return f"""<svg class=chart viewBox="0 0 420 250"><g text-anchor=end><text x=44 y=14>100</text>
+    """An SVG with x from 0 to last and y from 0 to 100; for the marks' places see `place`."""
+    return f"""<svg class=chart viewBox="0 0 430 250"><g text-anchor=end><text x=44 y=14>100</text>
 <text x=44 y=114>50</text><text x=44 y=214>0</text></g>
-<path d="M50 10h360M50 60h360M50 110h360M50 160h360M50 210h360" stroke="#8886"/>
-<svg x=50 y=10 width=360 height=200 viewBox="0 0 {last} 100" preserveAspectRatio=none>{marks}</svg>
+<path d="M50 10h360M50 60h360M50 110h360M50 160h360M50 210h360" stroke="#8886"/>{marks}
 <g text-anchor=middle><text x=50 y=228>0</text><text x=230 y=228>{last / 2:g}</text>
-<text x=405 y=228>{last}</text><text x=230 y=246>{x_label}</text>
+<text x=410 y=228>{last}</text><text x=230 y=246>{x_label}</text>
 <text x=-110 y=14 transform=rotate(-90)>{y_label}</text></g></svg>"""
 
 
+def place(share, value):
+    """The place in a chart of x = share * last and y = value, as SVG's "x,y"."""
+    return f"{50 + 360 * share:.1f},{210 - 2 * value:.1f}"
+
+
 def charts(rows, averages, contexts):
-    """Validation Avg against step, test Avg against the teacher's accuracy, and a legend."""
-    lines, points, legend, last = "", "", "", 1
+    """Validation Avg against step, with a legend, and test Avg against the teacher's accuracy."""
+    lines, points, legend = "", "", ""
+    last = max([1, *(max(run.curve) for runs in rows.values() for run in runs if run.cfg)])
     for n, (label, runs) in enumerate(rows.items()):
         style = f'stroke="{colour(n)}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
-        legend += f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(label)}'
         for curve in [run.curve for run in runs if run.cfg]:
-            path = " ".join(f"{step},{100 - avg}" for step, avg in curve.items())
+            path = " ".join(place(step / last, avg) for step, avg in curve.items())
             lines += f'<polyline points="{path}" {style}/>'
-            last = max(last, *curve)
+        if runs[0].cfg:
+            key = f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(label)}'
+            legend += f"<span class=item>{key}</span> "
         context = contexts.get(runs[0].cfg.condition if runs[0].cfg else "empty")
         if context:
-            place = f"M{context['teacher right'][0]} {100 - averages[label][0]}h0"
-            points += f'<path class=dot d="{place}" stroke="{colour(n)}"/>'
+            x, y = place(context["teacher right"][0] / 100, averages[label][0]).split(",")
+            points += f'<circle cx={x} cy={y} r=6 fill="{colour(n)}"/>'
+            points += f"<text x={float(x) - 10} y={y} text-anchor=end>{escape(label)}</text>"
     curves = chart(lines, last, "training step", "validation Avg, %")
-    return curves + chart(points, 100, "teacher right, %", "test Avg, %") + f"<p>{legend}</p>"
+    return f"{curves}{chart(points, 100, 'teacher right, %', 'test Avg, %')}<p>{legend}</p>"
 
 
 def example(column):
@@ -343,20 +357,21 @@ def example(column):
         for token, value in zip(a.tokens, a.advantages, strict=False):
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
             tokens += f"<span {style}>{escape(token)}</span>"
-        rows += f"<div class=c{n}><p>{tokens}</p><p>{escape(a.context or a.masked)}</p></div>"
+        shown = escape(a.context or a.masked or "(nothing)")
+        rows += f"<div class=c{n}><p>{tokens}</p><p>{shown}</p></div>"
     title = f"{a.problem.statement} ({a.problem.answer}): {'right' if a.reward else 'wrong'}"
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
 STYLE = """:root{color-scheme:light dark;--False:light-dark(#e0600a,#f07a28)}
-:root{--True:light-dark(#0072b2,#3aa0e8)} .chart{width:100%;max-width:35rem;font-size:12px}
+:root{--True:light-dark(#0072b2,#3aa0e8)} .chart{width:max(49%,min(100%,27rem));font-size:12px}
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem} h3{margin:.8rem 0}
-polyline,.dot{vector-effect:non-scaling-stroke;overflow:visible} pre{overflow-x:auto}
-polyline,.key{stroke-width:2.5} .dot{stroke-width:14;stroke-linecap:round} svg{overflow:visible}
+polyline,.key{stroke-width:2.5} pre{overflow-x:auto} .item,b{display:inline-block}
 .key{display:inline-block;width:40px;height:10px;margin-left:1rem} text{fill:currentColor}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem} dt{text-align:right}
-dd{margin:auto 0;display:flex;height:1rem;background:#8882} dd i+i+i{border-left:2px solid canvas}
-p,code{white-space:pre-wrap;overflow-wrap:anywhere} b{color:#fff;padding:.3rem} div p{margin:0}
+dd{margin:auto 0;display:flex;height:1rem;background:#8882} dd i+i{border-left:2px solid canvas}
+p,code{white-space:pre-wrap;overflow-wrap:anywhere} b{color:#fff;padding:.3rem}
+div p{margin:0} div p::before{content:"Attempt: "} div p+p::before{content:"Teacher sees: "}
 div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
 nav{position:sticky;top:0;background:canvas;padding:.5rem 0} summary{font-weight:bold}
 i{background:linear-gradient(90deg,var(--False),transparent,var(--True))}
@@ -389,7 +404,8 @@ def page(rows, training, numbers, tables, examples):
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
-</p>{charts(rows, averages, contexts)}<p>A line for each seed. Teacher right: its own samples.</p>
+</p>{charts(rows, averages, contexts)}<p>Left: a line for each seed. Right: does a teacher that \
+is right more often, with the context in its prompt, teach more? The base has no context.</p>
 <h2>Where the advantage is: shares of |A_t| in wrong attempts</h2><p>{" ".join(key)}</p>
 {bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.</p>
 <h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
@@ -435,12 +451,10 @@ def score_contexts(subject, problems, cfg):
     shares = analyse({"tokens": ones}, b, cfg.k) | numbers  # shares of all tokens, then of |A_t|
     text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
     text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
-    right = {name: row["teacher right"] for name, row in numbers.items() if "teacher right" in row}
-    *_, chance = right.pop("empty", [-1])  # the interval's end without a context
-    for name in [name for name, interval in right.items() if interval[0] <= chance]:
+    for name in unused(numbers):
         text += f"{name}: the teacher is not better than without a context: it does not use it\n"
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
-    text += f"all attempts: {', '.join(means)}\n"
+    text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"
     return shares, text, pick_examples(readings)
 
 
@@ -463,8 +477,7 @@ def main(argv):
         raise UserError(f"{cfg.data} has no problems")
     rows = rows_of(subjects)
     numbers, tables, examples = {"scores": {}}, "", []
-    if rows:
-        print(f"{cfg.k} attempts at each of {len(problems)} problems by", *rows, flush=True)
+    print(f"{cfg.k} attempts at each of {len(problems)} problems by", *(rows or [scored.name]))
     scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
     if rows:
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]

@@ -528,9 +528,9 @@ def show(rollout, tokens, tokenizer):
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     if rollout.critique:
-        steps = len(parse_steps(rollout.text))
-        aligned = f"{rollout.feedback.aligned:.0%} of the attempt's {steps} steps and answers"
-        tqdm.write(f"aligned: the critique repeats {aligned} before it changes one")
+        steps, share = len(parse_steps(rollout.text)), f"{rollout.feedback.aligned:.0%}"
+        said = f"the critique repeats {share} of the attempt's {steps} steps before it changes one"
+        tqdm.write(f"aligned: {said if steps else 'no, the attempt has no steps in tags'}")
     if words := unknown_words(rollout.context, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
 
@@ -563,11 +563,16 @@ def report_base(metrics, count, cfg):
     """Prints how the base copes with the prompt, and what to change if it does not."""
     shares = "Avg {:.1f}, {:.0f}% have a closed <answer>, {:.0f}% cut off at --max-new-tokens {}"
     percent = [100 * metrics[name] for name in ("reward", "formatted", "cut_off")]
-    tqdm.write(f"base, {count} attempts: {shares.format(*percent, cfg.max_new_tokens)}")
-    if metrics["cut_off"] > 0.2:
-        tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
+    tqdm.write(f"base, {count} validation attempts: {shares.format(*percent, cfg.max_new_tokens)}")
+    if count < 20:
+        tqdm.write("WARNING: Avg of so few is luck: take more problems, or raise --val-samples")
     if metrics["formatted"] < 0.6:
-        tqdm.write("WARNING: training would be on noise: change SOLVE in sd.py, or the model")
+        tqdm.write(
+            "WARNING: attempts without an answer are graded wrong. Read the first one below: if"
+        )
+        tqdm.write("it needs more room, raise --max-new-tokens; if not, change SOLVE, or the model")
+    elif metrics["cut_off"] > 0.2:
+        tqdm.write("WARNING: a cut-off attempt is graded wrong: raise --max-new-tokens")
     if metrics["reward"] == 0 and cfg.condition == "grpo":
         tqdm.write("WARNING: no attempt is right; grpo needs some: take easier problems")
 
@@ -726,7 +731,10 @@ def save_merged(model, tokenizer, folder):
 def prepare(cfg, run):
     """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
-    rule = Path(cfg.critic).read_text() if cfg.critic.endswith(".py") else ""
+    rule = ""
+    if cfg.critic.endswith(".py"):
+        rule = Path(cfg.critic).read_text()
+        critic.rule_critic(cfg.critic)  # raises now, before the model is loaded
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     decoder = model.get_decoder()
@@ -844,7 +852,7 @@ def fill_in(cfg):
         cfg.critic = cfg.critic or own["critic"]
     missing = [name for name in own if getattr(cfg, name) is None]
     if missing and Path(cfg.model).resolve() != TOY:
-        start = {"max_new_tokens": " (start from 512)", "lr": " (start from 2e-5)"}
+        start = {"max_new_tokens": " (start from 300)", "lr": " (start from 2e-5)"}
         flags = [f"--{name.replace('_', '-')}{start.get(name, '')}" for name in missing]
         raise UserError(f"--model {cfg.model} needs {' '.join(flags)}: the defaults are the toy's")
     vars(cfg).update({name: own[name] for name in missing})

@@ -158,7 +158,8 @@ def test_a_critique_is_the_last_walk_to_the_right_answer():
         "<answer>9</answer>",
         f"<think>{WALK}",
     ):
-        assert parse(bad) == Critique(None, "no steps or no answer", bad or "")
+        said = "no steps or no answer" if bad else "no reply"
+        assert parse(bad) == Critique(None, said, bad or "")
     assert parse(tagged("ab", "8")) == Critique(None, "wrong answer", tagged("ab", "8"))
     assert parse(f"{'x' * 300}</think>{WALK}{'y' * len(WALK)}", WALK).dropped == 0.5
 
@@ -285,10 +286,13 @@ def test_a_rule_from_a_file(tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text(f"def critique(problem, attempt):\n    return {WALK!r} if attempt else None\n")
     answers = critic.rule_critic(rule)([ROLLOUT, replace(ROLLOUT, text="")], ["", ""])
-    assert [(a.text, a.failure) for a in answers] == [(WALK, ""), (None, "no steps or no answer")]
-    rule.write_text("")
-    with pytest.raises(UserError, match="rule.py has no function critique"):
-        critic.rule_critic(rule)
+    assert [(a.text, a.failure) for a in answers] == [(WALK, ""), (None, "no reply")]
+    for text, said in ("", "KeyError"), ("def critique(:", "SyntaxError.*rule.py', 1, "):
+        rule.write_text(text)
+        with pytest.raises(
+            UserError, match=rf"critique\(problem, attempt\) from .*rule.py: {said}"
+        ):
+            critic.rule_critic(rule)
 
 
 def chat(text, reason="stop", **more):

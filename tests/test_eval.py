@@ -81,9 +81,10 @@ def test_rows_of_the_table(make_config):
     assert "WARNING: unequal budgets" in ev.describe_training(runs)
     contexts = {"critique": {"teacher right": [70.0]}, "empty": {"teacher right": [20.0]}}
     drawn = ev.charts(rows, {"base": [10.0], "x": [53.0], "w": [30.0]}, contexts)
-    assert len(set(re.findall('stroke="(.*?)"', drawn))) == 4  # grid, base, x, w
-    for mark in 'points="0,99.0 5,98.0"', 'points="0,98.0 5,98.0"', "M70.0 47.0h0", "M20.0 90.0h0":
+    assert len(set(re.findall('stroke="(.*?)"', drawn))) == 3  # grid, x, w
+    for mark in 'points="50.0,208.0 307.1,206.0"', 'points="50.0,206.0 307.1,206.0 410.0,210.0"':
         assert mark in drawn  # y grows downwards
+    assert "<circle cx=302.0 cy=104.0 " in drawn and "<circle cx=122.0 cy=190.0 " in drawn
 
 
 def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypatch):
@@ -321,7 +322,10 @@ def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
     assert contexts["silent"] == {} and re.search(r"silent( +–){5}\n", said)
     assert "critic_failed 0.00, aligned 0.33" in said
-    assert "mine: the teacher is not better" in said and "silent: the teacher" not in said
+    assert "quote: the teacher is not better" in said
+    accuracy = {"a": [5, 1, 9], "empty": [4, 2, 5], "b": [5.1, 0, 9]}
+    right = {name: {"teacher right": interval} for name, interval in accuracy.items()}
+    assert ev.unused(right | {"silent": {}}) == ["a"]
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
     own = ["--max-new-tokens", "9", "--critic", str(TOY / "scribe.py")]
     ev.main(["--advantages", "runs/c/best", *argv[:4], *own])  # a plain model

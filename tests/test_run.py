@@ -178,21 +178,28 @@ def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
 
 def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp_path, capsys):
     run(tmp_path / "run", condition="grpo", steps=1)
-    row = "base, [0-9]+ attempts: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% cut off at "
-    row += "--max-new-tokens 12\n"
-    cut_off, noise = "WARNING: .* raise --max-new-tokens\n", "WARNING: .* change SOLVE .*\n"
-    assert re.search(f"{row}{cut_off}{noise}WARNING: no attempt is right", run.said)
+    row = "base, [0-9]+ validation attempts: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% "
+    row += "cut off at --max-new-tokens 12\n"
+    few, noise = (
+        "WARNING: .* raise --val-samples\n",
+        "WARNING: .*\n.* raise --max-.* change SOLVE.*\n",
+    )
+    assert re.search(f"{row}{few}{noise}WARNING: no attempt is right", run.said)
     shares = {"reward": 0.1, "formatted": 0.5, "cut_off": 0.1}
-    sd.report_base(shares, 4, sd.parse_args([]))
-    assert "change SOLVE" in capsys.readouterr().out
-    sd.report_base(shares | {"formatted": 0.8}, 4, sd.parse_args([]))
+    for change, said in (
+        ({}, "change SOLVE"),
+        ({"formatted": 0.8, "cut_off": 0.3}, "a cut-off attempt"),
+    ):
+        sd.report_base(shares | change, 20, sd.parse_args([]))
+        assert said in capsys.readouterr().out
+    sd.report_base(shares | {"formatted": 0.8}, 20, sd.parse_args([]))
     assert "WARNING" not in capsys.readouterr().out
 
 
 def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path, world):
     own = ["--model", "some/model", "--data", "all.jsonl"]
     with pytest.raises(
-        critic.UserError, match=r"needs --critic --max-new-tokens .start from 512. --lr .start"
+        critic.UserError, match=r"needs --critic --max-new-tokens .start from 300. --lr .start"
     ):
         sd.parse_args(own)
     with pytest.raises(
