@@ -11,7 +11,7 @@ Given it, the teacher finds only the error unlikely. This is the thesis of *The 
 Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy is sums of products. Its
 base, pretrained to write both routes and to use a solution in its prompt, is right in 11% of its
 attempts at 100 test problems. Critiques take it to 93%, references to 87%, and GRPO (a binary
-reward, no teacher, 8 times the attempts) to 20%: means of three seeds at their best steps.
+reward, no teacher, 8 times the attempts) to 20% (means of 3 seeds, best on validation).
 
 Below, an attempt at 4*3+6*9+9*4 (tags cut) before training: only the prompts differ. A token y_t is
 followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if |A_t| >= 1.
@@ -25,11 +25,11 @@ followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in na
                 66 + 28 = 94, 94
 
 Both teachers find the error, 9 * 4 = 28, but with the reference the teacher wants every step to
-begin with `product` or `sum`. In 1,200 attempts of the base, values that are wrong in their own
-step (28, not 94) are 4% of the tokens. They get 88% of |A_t| and of the loss with critiques, 60% of
-both with references. The thesis is that this makes the gap between 93% and 87%; it is not shown
-here. The base was pretrained to go on from an attempt's own values, so 94, which follows from the
-error, is not marked. It writes `sum` in one step of ten; both contexts back it. `python eval.py
+begin with `product` or `sum`. (The base was pretrained to go on from an attempt's own values, so
+94, which follows from the error, is not marked. It writes `sum` in one step of ten; both contexts
+back it.) In 1,200 attempts of the base, values that are wrong in their own step (28, not 94) are 4%
+of the tokens. They get 88% of |A_t| and of the loss with critiques, 60% of both with references.
+The thesis is that this makes the gap between 93% and 87%; it is not shown here. `python eval.py
 --advantages tests/toy --k 1` prints this attempt.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
@@ -204,7 +204,7 @@ def ask_critic(rollouts, ask, group_size):
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt or `masked`. thinking: the chat template's switch."""
+    """Sets context and teacher_prompt or `masked`. thinking: template switch, on in the paper."""
     if rollout.critique is None and condition not in NO_CRITIC:
         rollout.masked = f"no critique: {rollout.feedback.failure}"
         return
