@@ -692,6 +692,8 @@ def open_run(argv):
         moved = name == "critic" and value.startswith("http") and now.startswith("http")
         if now != value and not (name in OVERRIDES or longer or moved):
             raise UserError(f"{folder} was started with --{flag} {value}, now {now}")
+    if len(run["metrics"]) > cfg.steps:
+        print(f"{folder} is finished: to go on, pass more --steps")
     cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
 
