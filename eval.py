@@ -130,7 +130,7 @@ def sample(model, tokenizer, problems, prompts, cfg):
 
 
 def sample_attempts(model, tokenizer, problems, cfg):
-    """cfg.k attempts at each problem; neighbours differ in problem, as `shuffled` needs."""
+    """cfg.k attempts at each problem; neighbours differ in problem."""
     prompts = sd.encode_chats(tokenizer, map(sd.solver_message, problems))
     return sample(model, tokenizer, problems * cfg.k, prompts * cfg.k, cfg)
 
@@ -438,7 +438,8 @@ def score_contexts(subject, problems, cfg):
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
     attempts = sample_attempts(student, tokenizer, problems, cfg)
-    sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer), 1)
+    sd.pair_problems(attempts)
+    sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer))
     judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
     for attempt in attempts:
         attempt.tokens = sd.token_texts(tokenizer, attempt.completion, attempt.text)

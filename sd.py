@@ -125,10 +125,10 @@ class Rollout:
     text: str  # the completion, decoded, without end token
     reward: float  # r_i: 1 right, 0 wrong
     cut_off: bool = False  # max_new_tokens came before an end token
+    other_problem: critic.Problem | None = None  # one of the same batch, for `shuffled`
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
     feedback: critic.Critique = critic.Critique(None)  # share of steps kept etc., or why it failed
-    other_critique: str | None = None  # a critique of an attempt at another problem
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
     masked: str = ""  # why the rollout is not trained on, if it is not
@@ -142,6 +142,19 @@ def omit(rollout):
     right = parse_steps(attempt[: wrong.start] if wrong else attempt)
     verdicts = [f"{step.title} is correct." for step in right]
     return " ".join([*verdicts, correction(attempt, critique)])  # may end "Every step is correct."
+
+
+def half(rollout):
+    """The first half of the reference's steps; without tags, of its text."""
+    solution = rollout.problem.solution
+    steps = parse_steps(solution)
+    return solution[: steps[len(steps) // 2].start if steps else len(solution) // 2]
+
+
+def shuffled(rollout):
+    """Another problem and its reference: the prompt is as long, and does not help."""
+    other = rollout.other_problem
+    return other and f"{other.statement}\n\n{other.solution}"
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
@@ -159,10 +172,11 @@ CONTEXTS = {
     # 1: 2 * 3 = 6  2: 4 * 5 = 21 ... answer: 27  Step 2 is wrong. Correct: 2: 4 * 5 = 20
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
     "omit": omit,
-    "shuffled": lambda rollout: rollout.other_critique,  # of an attempt at another problem
+    "half": half,
+    "shuffled": shuffled,
     "empty": lambda rollout: "",  # the student's prompt: loss stays 0 (without --teacher-thinking)
 }
-NO_CRITIC = {"grpo", "reference", "answer", "empty"}  # contexts that need no critique
+NO_CRITIC = {"grpo", "reference", "answer", "half", "shuffled", "empty"}  # need no critique
 
 
 # ================================================================================ 1. rollouts
@@ -187,20 +201,24 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten(), strict=True):
         rollout.group_advantage = advantage.item()
+    pair_problems(rollouts)
     return rollouts
 
 
+def pair_problems(rollouts):
+    """Gives each rollout another problem of the batch, the next one, if there is one."""
+    for number, rollout in enumerate(rollouts):
+        after = [r.problem for r in rollouts[number:] + rollouts[:number]]
+        rollout.other_problem = next((p for p in after if p != rollout.problem), None)
+
+
 # ================================================================================ 2. contexts
-def ask_critic(rollouts, ask, group_size):
-    """Gives each rollout a critique (or the reason it has none) and another problem's critique."""
+def ask_critic(rollouts, ask):
+    """Gives each rollout a critique, or the reason it has none."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
     # ask() returns a critic.Critique for each: a .py critic reads rollouts, a model reads messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.feedback = critique.text, critique
-    shifted = rollouts[-group_size:] + rollouts[:-group_size]  # by one problem
-    for rollout, other in zip(rollouts, shifted, strict=True):
-        if other.problem != rollout.problem:  # a batch may repeat a problem, or hold only one
-            rollout.other_critique = other.critique
 
 
 def give_context(rollout, condition, tokenizer, thinking):
@@ -338,7 +356,7 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     """One update on the problems. Returns the rollouts, with their advantages, and its metrics."""
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
     if cfg.condition not in NO_CRITIC:
-        ask_critic(rollouts, ask, cfg.group_size)
+        ask_critic(rollouts, ask)
     if cfg.condition != "grpo":
         for rollout in rollouts:
             give_context(rollout, cfg.condition, tokenizer, cfg.teacher_thinking)

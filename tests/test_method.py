@@ -44,8 +44,10 @@ QUOTED = [  # attempt, what quote and omit say of it
 
 @pytest.mark.parametrize("attempt, quote, omit", QUOTED)
 def test_what_every_context_says(attempt, quote, omit):
-    rollout = sd.Rollout(PROBLEM, [], [], attempt, 0.0, critique=WALK, other_critique="other")
-    said = {"reference": PROBLEM.solution, "critique": WALK, "shuffled": "other"}
+    other = Problem("1*2", "<step_1>2</step_1> <answer>2</answer>", "2")
+    rollout = sd.Rollout(PROBLEM, [], [], attempt, 0.0, critique=WALK, other_problem=other)
+    said = {"reference": PROBLEM.solution, "critique": WALK, "shuffled": f"1*2\n\n{other.solution}"}
+    said |= {"half": "<step_1>sum</step_1> "}
     said |= {"answer": "<answer>53</answer>", "empty": "", "quote": quote, "omit": omit}
     assert {name: sd.CONTEXTS[name](rollout) for name in said} == said
     assert sd.CONTEXTS.keys() == said.keys() | {"grpo"}
@@ -69,7 +71,7 @@ def test_control_tokens_spelled_in_a_text_stay_text():
     tokenizer, word = byte_tokenizer(), "<|im_start|>system<|im_end|>"
     rollout = sd.Rollout(Problem(f"p{word}", f"s{word}", "9"), [], [], f"{word}a", 0.0)
     ask = Mock(return_value=[Critique(word)])
-    sd.ask_critic([rollout], ask, 1)
+    sd.ask_critic([rollout], ask)
     [asked] = ask.call_args.args[1]
     sd.give_context(rollout, "critique", tokenizer, False)
     messages = ["p", sd.solver_message(rollout.problem), asked]
@@ -88,7 +90,7 @@ def test_the_teacher_of_a_right_attempt_reads_its_very_tokens():
     completion = tokenizer.encode(attempt, add_special_tokens=False)
     rollout = sd.Rollout(PROBLEM, [], completion, attempt, 1.0)
     ask = Mock(return_value=[critic.parse_critique(f"All is right. {WALK}", rollout)])
-    sd.ask_critic([rollout], ask, 1)
+    sd.ask_critic([rollout], ask)
     sd.give_context(rollout, "critique", tokenizer, False)
     prompt, length = rollout.teacher_prompt, len(completion)
     assert any(prompt[n : n + length] == completion for n in range(len(prompt)))
@@ -98,19 +100,22 @@ def sampled(tiny, problems, cfg):
     """A step's rollouts, with contexts."""
     torch.manual_seed(1)
     rollouts = sd.sample_rollouts(*tiny, problems, cfg.group_size, cfg)
-    sd.ask_critic(rollouts, SCRIBE, cfg.group_size)
+    sd.ask_critic(rollouts, SCRIBE)
     for rollout in rollouts:
         sd.give_context(rollout, cfg.condition, tiny[1], False)
     return rollouts
 
 
-def test_shuffled_is_the_critique_of_another_problem(tiny, problems, make_config):
-    cfg = make_config(condition="shuffled")
-    rollouts = sampled(tiny, problems[:4], cfg)
-    assert [r.context for r in rollouts] == [rollouts[n - 1].critique for n in range(4)]
+def test_shuffled_is_another_problem_and_its_reference(tiny, problems, make_config):
+    cfg = make_config(condition="shuffled", group_size=2)
+    others = [r.other_problem for r in sampled(tiny, problems[:3], cfg)]
+    assert others == [problems[n] for n in (1, 1, 2, 2, 0, 0)]
     assert sampled(tiny, problems[:1], cfg)[0].teacher_prompt is None  # masked, never its own
-    twice = sampled(tiny, problems[:2], make_config(condition="shuffled", group_size=2))
-    assert [r.context for r in twice] == [twice[n].critique for n in (2, 3, 0, 1)]
+
+
+def test_half_of_a_reference_without_tags():
+    rollout = sd.Rollout(Problem("x", "2 + 3 = 5", "5"), [], [], "", 0.0)
+    assert sd.CONTEXTS["half"](rollout) == "2 + "
 
 
 def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, make_config):
@@ -295,7 +300,7 @@ def test_the_critic_is_asked_only_where_the_context_needs_it(condition, step, mo
     assert give.called == (condition != "grpo") and (not give.called or give.call_args.args[3])
 
 
-@pytest.mark.parametrize("condition", ["critique", "shuffled", "grpo"])
+@pytest.mark.parametrize("condition", ["critique", "quote", "grpo"])
 def test_a_step_without_a_signal_changes_no_weight(condition, step, monkeypatch):
     """No context at all, or equal rewards in grpo."""
     monkeypatch.setattr(sd, "is_correct", lambda text, answer: True)
