@@ -139,8 +139,8 @@ def omit(rollout):
     """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: 2: 4 * 5 = 20"."""
     attempt, critique = rollout.text, rollout.critique
     wrong = first_difference(attempt, critique)  # first step that the critique changes
-    right = parse_steps(attempt[: wrong.start] if wrong else attempt)
-    verdicts = [f"{step.title} is correct." for step in right]
+    steps = parse_steps(attempt)
+    verdicts = [f"{s.title} is correct." for s in steps if not wrong or s.end <= wrong.start]
     return " ".join([*verdicts, correction(attempt, critique)])  # may end "Every step is correct."
 
 

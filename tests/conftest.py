@@ -1,10 +1,13 @@
 """Shared by all tests: tiny random models, small problem sets, whole runs; no downloads."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU: exact, and a fork cannot use CUDA
 
 import huggingface_hub
 import pytest

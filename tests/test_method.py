@@ -27,6 +27,11 @@ SAID = "Step 2 is wrong. Correct: <step_2>b</step_2>"
 ALL = "Step 1 is correct. Step 2 is correct. Answer is correct. Every step is correct."
 QUOTED = [  # attempt, what quote and omit say of it
     (WRONG, f"{WRONG} {SAID}", f"Step 1 is correct. {SAID}"),
+    (
+        WRONG.replace("</step_1>", ""),
+        f"{WRONG.replace('</step_1>', '')} {SAID}",
+        f"Step 1 is correct. {SAID}",
+    ),
     (WALK, f"{WALK} Every step is correct.", ALL),
     ("It is 9", "It is 9 Correct: <step_1>a</step_1>", "Correct: <step_1>a</step_1>"),
     (  # right, but a step is missing
