@@ -126,7 +126,8 @@ def sample(model, tokenizer, problems, prompts, cfg):
     texts = [sd.completion_text(model, tokenizer, completion) for completion in completions]
     rewards = [float(critic.is_correct(t, p.answer)) for t, p in zip(texts, problems, strict=True)]
     cut_off = [c[-1] not in model.generation_config.eos_token_id for c in completions]
-    return list(map(Attempt, problems, prompts, completions, texts, rewards, cut_off))
+    others = problems[1:] + problems[:1]
+    return list(map(Attempt, problems, prompts, completions, texts, rewards, cut_off, others))
 
 
 def sample_attempts(model, tokenizer, problems, cfg):
@@ -438,7 +439,6 @@ def score_contexts(subject, problems, cfg):
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
     attempts = sample_attempts(student, tokenizer, problems, cfg)
-    sd.pair_problems(attempts)
     sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer))
     judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
     for attempt in attempts:

@@ -1,6 +1,4 @@
-"""Self-distillation from feedback, in one file.
-
-    python sd.py --condition critique
+"""Self-distillation from feedback, in one file. Run it: python sd.py --condition critique
 
 The student writes an attempt at a problem. The teacher is the same model before training, with a
 *context* in its prompt that knows the answer. It scores every token of the attempt, and the student
@@ -25,12 +23,12 @@ followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in na
                 66 + 28 = 94, 94
 
 Both teachers find the error, 9 * 4 = 28, but with the reference the teacher wants every step to
-begin with `product` or `sum`. (The base was pretrained to go on from an attempt's own values, so
-94, which follows from the error, is not marked. It writes `sum` in one step of ten; both contexts
-back it.) In 1,200 attempts of the base, values that are wrong in their own step (28, not 94) are 4%
-of the tokens. They get 88% of |A_t| and of the loss with critiques, 60% of both with references.
-The thesis is that this makes the gap between 93% and 87%; it is not shown here. `python eval.py
---advantages tests/toy --k 1` prints this attempt.
+begin with `product` or `sum`. (94 follows from the error and is not marked: the base was pretrained
+to go on from its own values. It writes `sum` in one step of ten; both contexts back it.) In 1,200
+attempts of the base, values that are wrong in their own step (28, not 94) are 4% of the tokens.
+They get 88% of |A_t| and of the loss with critiques, 60% of both with references. The thesis: this
+makes the gap between 93% and 87%. It is not shown here. A 0.5B chat model has similar A_t, but GRPO
+trains it best (README.md). `python eval.py --advantages tests/toy --k 1` prints this attempt.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
@@ -41,8 +39,8 @@ The thesis is that this makes the gap between 93% and 87%; it is not shown here.
 
 A_t is a diagnostic, not trained on. In the policy gradient of reverse KL, KL(student_t ‖
 teacher_t), it would stand where A_i stands. Forward KL (the paper's, and ours) makes the student
-cover all that the teacher might write; reverse KL makes it drop what the teacher would not. The
-mean is over all tokens of an update, as in DAPO; GRPO first took it per attempt. Left out: ratio
+cover all that the teacher might write; reverse KL makes it drop what the teacher would not. Means
+are over all tokens of an update, as in DAPO; GRPO first took them per attempt. Left out: ratio
 clipping (one update per batch, so ratios are 1), a KL penalty, a learning-rate schedule.
 
 The lesson ends with `train`; loading, checkpoints and flags (`cfg`) follow. To read, on arXiv: GRPO
@@ -125,7 +123,7 @@ class Rollout:
     text: str  # the completion, decoded, without end token
     reward: float  # r_i: 1 right, 0 wrong
     cut_off: bool = False  # max_new_tokens came before an end token
-    other_problem: critic.Problem | None = None  # one of the same batch, for `shuffled`
+    other_problem: critic.Problem | None = None  # the next one of the batch, for `shuffled`
     group_advantage: float = 0.0  # A_i, used by grpo alone
     critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
     feedback: critic.Critique = critic.Critique(None)  # share of steps kept etc., or why it failed
@@ -144,17 +142,11 @@ def omit(rollout):
     return " ".join([*verdicts, correction(attempt, critique)])  # may end "Every step is correct."
 
 
-def half(rollout):
-    """The first half of the reference's steps; without tags, of its text."""
-    solution = rollout.problem.solution
-    steps = parse_steps(solution)
-    return solution[: steps[len(steps) // 2].start if steps else len(solution) // 2]
-
-
 def shuffled(rollout):
-    """Another problem and its reference: the prompt is as long, and does not help."""
+    """Another problem and its reference. None if the batch has no other problem."""
     other = rollout.other_problem
-    return other and f"{other.statement}\n\n{other.solution}"
+    if other and other != rollout.problem:
+        return f"{other.statement}\n\n{other.solution}"
 
 
 # THE FORK POINT. What the teacher sees, as a function of the rollout: a string, "" for nothing, or
@@ -172,11 +164,10 @@ CONTEXTS = {
     # 1: 2 * 3 = 6  2: 4 * 5 = 21 ... answer: 27  Step 2 is wrong. Correct: 2: 4 * 5 = 20
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
     "omit": omit,
-    "half": half,
     "shuffled": shuffled,
     "empty": lambda rollout: "",  # the student's prompt: loss stays 0 (without --teacher-thinking)
 }
-NO_CRITIC = {"grpo", "reference", "answer", "half", "shuffled", "empty"}  # need no critique
+NO_CRITIC = {"grpo", "reference", "answer", "shuffled", "empty"}  # contexts that need no critique
 
 
 # ================================================================================ 1. rollouts
@@ -190,33 +181,25 @@ def group_advantages(rewards):
 def sample_rollouts(model, tokenizer, problems, group_size, cfg):
     """group_size graded rollouts of each problem, grouped by problem."""
     problems = [p for p in problems for _ in range(group_size)]
+    others = problems[group_size:] + problems[:group_size]
     prompts = encode_chats(tokenizer, [solver_message(p) for p in problems])
     rows = generate(model, tokenizer, prompts, cfg.gen_batch, cfg.max_new_tokens, cfg.temperature)
     rollouts = []
-    for problem, prompt, completion in zip(problems, prompts, rows, strict=True):
+    for problem, other, prompt, completion in zip(problems, others, prompts, rows, strict=True):
         text = completion_text(model, tokenizer, completion)
         reward = float(is_correct(text, problem.answer))  # by value: 0.5 is 1/2
         cut_off = completion[-1] not in model.generation_config.eos_token_id  # a list
-        rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off))
+        rollouts.append(Rollout(problem, prompt, completion, text, reward, cut_off, other))
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)  # [problems, G]
     for rollout, advantage in zip(rollouts, group_advantages(rewards).flatten(), strict=True):
         rollout.group_advantage = advantage.item()
-    pair_problems(rollouts)
     return rollouts
-
-
-def pair_problems(rollouts):
-    """Gives each rollout another problem of the batch, the next one, if there is one."""
-    for number, rollout in enumerate(rollouts):
-        after = [r.problem for r in rollouts[number:] + rollouts[:number]]
-        rollout.other_problem = next((p for p in after if p != rollout.problem), None)
 
 
 # ================================================================================ 2. contexts
 def ask_critic(rollouts, ask):
-    """Gives each rollout a critique, or the reason it has none."""
+    """Sets critiques. ask(rollouts, messages) -> [Critique]; rules read rollouts, models text."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
-    # ask() returns a critic.Critique for each: a .py critic reads rollouts, a model reads messages
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.feedback = critique.text, critique
 
@@ -351,7 +334,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
     return loss, entropy
 
 
-# ================================================================================ 5. training step
+# ================================================================================ 5. training
 def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     """One update on the problems. Returns the rollouts, with their advantages, and its metrics."""
     rollouts = sample_rollouts(model, tokenizer, problems, cfg.group_size, cfg)
@@ -376,7 +359,6 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     return rollouts, {"loss": loss, "grad_norm": grad_norm.item(), "entropy": entropy}
 
 
-# ================================================================================ 6. training loop
 def validate(model, tokenizer, problems, step, cfg):
     """Avg@k and Pass@k of k = val_samples attempts at each validation problem, in percent."""
     torch.manual_seed(1)  # the same random draws every time

@@ -52,7 +52,6 @@ def test_what_every_context_says(attempt, quote, omit):
     other = Problem("1*2", "<step_1>2</step_1> <answer>2</answer>", "2")
     rollout = sd.Rollout(PROBLEM, [], [], attempt, 0.0, critique=WALK, other_problem=other)
     said = {"reference": PROBLEM.solution, "critique": WALK, "shuffled": f"1*2\n\n{other.solution}"}
-    said |= {"half": "<step_1>sum</step_1> "}
     said |= {"answer": "<answer>53</answer>", "empty": "", "quote": quote, "omit": omit}
     assert {name: sd.CONTEXTS[name](rollout) for name in said} == said
     assert sd.CONTEXTS.keys() == said.keys() | {"grpo"}
@@ -116,11 +115,6 @@ def test_shuffled_is_another_problem_and_its_reference(tiny, problems, make_conf
     others = [r.other_problem for r in sampled(tiny, problems[:3], cfg)]
     assert others == [problems[n] for n in (1, 1, 2, 2, 0, 0)]
     assert sampled(tiny, problems[:1], cfg)[0].teacher_prompt is None  # masked, never its own
-
-
-def test_half_of_a_reference_without_tags():
-    rollout = sd.Rollout(Problem("x", "2 + 3 = 5", "5"), [], [], "", 0.0)
-    assert sd.CONTEXTS["half"](rollout) == "2 + "
 
 
 def test_a_context_that_does_not_fit_is_masked_and_never_cut(tiny, problems, make_config):
