@@ -9,7 +9,7 @@ Given it, the teacher finds only the error unlikely. This is the thesis of *The 
 Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy is sums of products. Its
 base, pretrained to write both routes and to use a solution in its prompt, is right in 11% of its
 attempts at 100 test problems. Critiques take it to 93%, references to 87%, and GRPO (a binary
-reward, no teacher, 8 times the attempts) to 20% (means of 3 seeds, best on validation).
+reward, no teacher, 8 attempts a problem) to 20% (3 seeds; rate and step are best on validation).
 
 Below, an attempt at 4*3+6*9+9*4 (tags cut) before training: only the prompts differ. A token y_t is
 followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if |A_t| >= 1.
@@ -24,11 +24,11 @@ followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in na
 
 Both teachers find the error, 9 * 4 = 28, but with the reference the teacher wants every step to
 begin with `product` or `sum`. (94 follows from the error and is not marked: the base was pretrained
-to go on from its own values. It writes `sum` in one step of ten; both contexts back it.) In 1,200
+to go on from its own values. `sum` is rare, one step in ten, and both contexts have it.) In 1,200
 attempts of the base, values that are wrong in their own step (28, not 94) are 4% of the tokens.
-They get 88% of |A_t| and of the loss with critiques, 60% of both with references. The thesis: this
-makes the gap between 93% and 87%. It is not shown here. A 0.5B chat model has similar A_t, but GRPO
-trains it best (README.md). `python eval.py --advantages tests/toy --k 1` prints this attempt.
+They get 88% of |A_t| and of the loss with critiques, 60% with references. That this makes the gap
+between 93% and 87% is the thesis, not shown here. Against it: a 0.5B chat model has similar A_t,
+but GRPO trains it best (README.md). `python eval.py --advantages tests/toy --k 1` prints it all.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
@@ -41,7 +41,7 @@ A_t is a diagnostic, not trained on. In the policy gradient of reverse KL, KL(st
 teacher_t), it would stand where A_i stands. Forward KL (the paper's, and ours) makes the student
 cover all that the teacher might write; reverse KL makes it drop what the teacher would not. Means
 are over all tokens of an update, as in DAPO; GRPO first took them per attempt. Left out: ratio
-clipping (one update per batch, so ratios are 1), a KL penalty, a learning-rate schedule.
+clipping (ratios are 1 with one update per batch), a KL penalty, a learning-rate schedule.
 
 The lesson ends with `train`; loading, checkpoints and flags (`cfg`) follow. To read, on arXiv: GRPO
 2402.03300; GKD (distillation on the student's own samples) 2306.13649; SDPO (a teacher that sees
@@ -136,7 +136,7 @@ class Rollout:
 def omit(rollout):
     """Without the attempt: "Step 1 is correct. Step 2 is wrong. Correct: 2: 4 * 5 = 20"."""
     attempt, critique = rollout.text, rollout.critique
-    wrong = first_difference(attempt, critique)  # first step that the critique changes
+    wrong = first_difference(attempt, critique)  # the first changed step, or None
     steps = parse_steps(attempt)
     verdicts = [f"{s.title} is correct." for s in steps if not wrong or s.end <= wrong.start]
     return " ".join([*verdicts, correction(attempt, critique)])  # may end "Every step is correct."
@@ -266,7 +266,7 @@ def hidden_states(model, prompts, completions):
 
 
 def log_probs(model, states, temperature):
-    """log π at the sampling temperature, fp32: [n, H] -> [n, V]."""
+    """log π at temperature τ, fp32; the output layer is frozen: [n, H] -> [n, V]."""
     return F.log_softmax(output_logits(model, states) / temperature, dim=-1)
 
 
@@ -274,7 +274,7 @@ def log_probs(model, states, temperature):
 def token_advantages(student, teacher, tokens):
     """A_t = log π_0(y_t | x, c, y_<t) − log π_θ(y_t | x, y_<t): [n, V], [n, V], [n] -> [n], nats.
 
-    The advantage in reverse KL's policy gradient: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
+    In reverse KL's policy gradient, y_<t fixed: −∇ KL(student ‖ teacher) = E[A_t ∇ log π_θ(y_t)].
     """
     return (teacher - student).gather(-1, tokens[:, None])[:, 0].detach()
 
@@ -307,7 +307,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
         prompts = [r.teacher_prompt for r in rollouts]
         with torch.no_grad(), adapters_off():
             teacher_states = hidden_states(model, prompts, completions)  # [N, H]
-    A_i = [r.group_advantage for r in rollouts for _ in r.completion]  # 0 if group_size is 1
+    A_i = [r.group_advantage for r in rollouts for _ in r.completion]  # for grpo only
     A_i = torch.tensor(A_i, device=model.device)  # [N]
 
     # Logits of all N tokens may not fit in memory. So backward has two stages: each chunk's loss
