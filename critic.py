@@ -42,7 +42,7 @@ def atomic_write(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, path)
+        new.replace(path)
     finally:
         new.unlink(missing_ok=True)
 
@@ -58,7 +58,7 @@ class Problem:
 def read_problems(path):
     """The problems of a JSONL file, one object a line. Raises UserError with file and line."""
     problems = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -224,8 +224,7 @@ RULES = [row.partition(" → ")[::2] for row in RULES.strip().replace("␣", " "
 
 def last_answer(completion):
     """The text of the last closed <answer>, or an empty string."""
-    answers = [step.text for step in parse_steps(completion) if step.name == "answer"]
-    return answers[-1] if answers else ""
+    return next((s.text for s in reversed(parse_steps(completion)) if s.name == "answer"), "")
 
 
 @lru_cache
@@ -282,17 +281,16 @@ class Critique:
 
 def parse_critique(reply, rollout):
     """The last walk in a critic's reply, aligned, if it has steps and the right answer."""
-    reply, walk = reply or "", []
+    reply, walk = reply or "", {}
     for step in parse_steps(reply):
-        # the critic quoted the attempt, or began anew: the last walk counts
-        while step.name in [earlier.name for earlier in walk]:
-            walk.pop()
-        walk.append(step)
-    if "answer" not in [step.name for step in walk[1:]]:
+        while step.name in walk:  # the critic quoted the attempt, or began anew
+            walk.popitem()
+        walk[step.name] = step
+    if "answer" not in list(walk)[1:]:
         return Critique(None, "no steps or no answer" if reply else "no reply", reply)
     if not is_correct(reply, rollout.problem.answer):
         return Critique(None, "wrong answer", reply)
-    text = align(walk, rollout.text)
+    text = align(walk.values(), rollout.text)
     steps = len(parse_steps(rollout.text))
     ours, theirs = differences(rollout.text, text)
     return Critique(
@@ -308,8 +306,7 @@ def rule_critic(path):
     try:
         critique = runpy.run_path(path)["critique"]
     except Exception as error:  # whatever the file raises, or KeyError
-        said = f"cannot get critique(problem, attempt) from {path}: {error!r}"
-        raise UserError(said) from None
+        raise UserError(f"cannot get critique(problem, attempt) from {path}: {error!r}") from None
 
     def ask(rollouts, messages):
         return [parse_critique(critique(r.problem, r.text), r) for r in rollouts]
@@ -317,33 +314,31 @@ def rule_critic(path):
     return ask
 
 
-def request(client, url, body):
-    """(text, failure) of a chat completion; no reply is a text None. UserError: key refused."""
-    key = {"Authorization": f"Bearer {os.environ.get('CRITIC_API_KEY', 'none')}"}
+def request(client, url, cfg, message):
+    """(text, failure) of the server's chat completion; no reply is a text None."""
+    body = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
+    body["messages"] = [{"role": "user", "content": message}]
     for pause in (1, 2, 4, 8, 16, 32, 0):  # seconds before the next try
-        status, reply = 0, ""
+        reply = ""
         try:
-            response = client.post(url, json=body, headers=key)
-            status, reply = response.status_code, f"HTTP {response.status_code}: {response.text}"
+            response = client.post(f"{url}/chat/completions", json=body)
+            reply = f"HTTP {response.status_code}: {response.text}"
             choice = response.json()["choices"][0]
             text, reason = choice["message"].get("content") or "", choice["finish_reason"]
             if not isinstance(text, str):  # a list of parts, in which thinking has no text
                 text = "".join(part.get("text", "") for part in text)
             return text, "" if reason == "stop" else f"finish_reason {reason}"
         except Exception as error:  # transport and format errors of several libraries
-            reply = reply or repr(error)
-        failure = f"{url}: {' '.join(reply.split())[:300]}"  # servers give reasons in many shapes
-        if status in (401, 403):
-            raise UserError(f"set CRITIC_API_KEY: {failure}")
+            reply = reply or repr(error)  # servers give reasons in many shapes
         if "temperature" in body and re.search("nsupported.*(max_tokens|temperature)", reply):
             body["max_completion_tokens"] = body.pop("max_tokens")  # for OpenAI's reasoning models
             del body["temperature"]
-            continue
-        passing = status in (0, 408, 429) or status >= 500
-        if not passing or "ReadTimeout" in reply:  # waited long enough
+        elif re.match("ReadTimeout|HTTP (?!408|429|5)", reply):  # another try would not help
             break
-        time.sleep(pause)
-    return None, failure
+        else:
+            time.sleep(pause)
+    hint = "set CRITIC_API_KEY: " if re.match("HTTP 40[13]", reply) else ""
+    return None, f"{hint}{url}/chat/completions: {' '.join(reply.split())[:300]}"
 
 
 def server_critic(cfg):
@@ -353,19 +348,11 @@ def server_critic(cfg):
         raise UserError(f"set --critic-model; the names: curl {url}/models")
     # The hub's client is an httpx.Client. A new one follows no redirects and sends no hub token.
     client = type(get_session())(timeout=(10, 600, 600, None))  # connect, read, write, queue: s
-
-    def ask_server(message):
-        body = {
-            "model": cfg.critic_model,
-            "messages": [{"role": "user", "content": message}],
-            "max_tokens": cfg.critic_max_tokens,
-            "temperature": 0,
-        }
-        return request(client, f"{url}/chat/completions", body)
+    client.headers["Authorization"] = f"Bearer {os.environ.get('CRITIC_API_KEY', 'none')}"
 
     def complete(messages):
         with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
-            yield from pool.imap(ask_server, messages)
+            yield from pool.imap(lambda message: request(client, url, cfg, message), messages)
 
     return cached(complete, [url, cfg.critic_model, cfg.critic_max_tokens])
 
@@ -376,15 +363,15 @@ def cached(complete, identity):
     def ask(rollouts, messages):
         files = {message: cache_file("critic", [identity, message]) for message in messages}
         new = [message for message in files if not files[message].exists()]
-        replies = tqdm(complete(new), "critic", len(new), leave=False, disable=None) if new else []
-        failures, lost = {}, 0
-        for message, (text, failure) in zip(new, replies, strict=True):
+        replies, failures, lost = complete(new), {}, 0
+        for message in tqdm(new, "critic", leave=False, disable=None):
+            text, failure = next(replies)
             lost += text is None
-            if failure or not text:
+            if text and not failure:
+                with atomic_write(files[message]) as file:
+                    file.write(text.encode("utf-8", "replace"))
+            else:
                 failures[message] = Critique(None, failure or "empty reply", text or "")
-                continue
-            with atomic_write(files[message]) as file:
-                file.write(text.encode("utf-8", "replace"))
         if 0 < lost == len(files):
             raise UserError(failure)
         return [
