@@ -36,7 +36,7 @@ def atomic_write(path):
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")  # processes share the caches
+    new = Path(f"{path}.{os.urandom(4).hex()}.new")  # processes share the caches
     try:
         with open(new, "wb") as file:
             yield file
@@ -78,7 +78,7 @@ def read_problems(path):
 def load_problems(path):
     """[train, validation, test] problems of a folder, or of one JSONL file that is split."""
     if Path(path).is_dir():
-        sets = [read_problems(Path(path) / f"{name}.jsonl") for name in ("train", "val", "test")]
+        sets = [read_problems(f"{path}/{name}.jsonl") for name in ("train", "val", "test")]
     else:
         problems = read_problems(path)
         random.Random(0).shuffle(problems)
@@ -195,7 +195,7 @@ RULES = r"""
 <= → \\le␣
 >= → \\ge␣
 [⁰¹²³⁴-⁹]+ → ^{\g<0>}
-(?=[¼-¾⅐-⅞]) → ␣
+(?=[¼-¾⅐-⅞])|(?<=[0-9])(?=(?:[ckm][mgl]|ft|[ap]m|lbs?|mph)\b) → ␣
 ,\\!|(?:\{,\}|\\,|[^\S␣-~])(?=[0-9]{3}) → ,
 (?<![\\a-z])(pi|sqrt|log|ln|exp|(?:arc)?(?:sin|cos|tan))\b → \\\1
 \\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\} → ␣\1
@@ -210,7 +210,6 @@ RULES = r"""
 ^[␣*:#=`]+|[␣*.,;:`]+$|(?i:^(?:the␣)?(?:final␣|correct␣)?(?:answer|option|choice)(?:␣is)?[␣*:]*)
 ^\(?([^(),]+)\)$ → \1
 \(([A-Za-z␣]{3,})\) → ␣\1
-(?<=[0-9])(?=(?:[ckm][mgl]|ft|[ap]m|lbs?|mph)\b) → ␣
 (?<=[0-9])\\(?:times|cdot)␣?10\^(-?[0-9]{1,2})\b → e\1
 \\sqrt␣?(?:\((\w+)\)|([0-9]+|[a-z])) → \\sqrt{\1\2}
 (\\frac(?:\{[^{}]*\})?)␣?(\w) → \1{\2}
@@ -219,7 +218,7 @@ RULES = r"""
 (?<![\w)}\]^/])\((-?[\w.^\\{}]+(?:\([^()]*\))?)\)/ → \1/
 /\(([0-9.]+|[A-Za-z]|\\sqrt\{\w+\})\)(?![\w(^]) → /\1
 """
-RULES = [row.partition(" → ")[::2] for row in RULES.strip().replace("␣", " ").split("\n")]
+RULES = [row.partition(" → ") for row in RULES.strip().replace("␣", " ").splitlines()]
 
 
 def last_answer(completion):
@@ -237,7 +236,7 @@ def read_answer(text):
         return text, ""
     for _ in range(2):  # for \boxed{\boxed{3}}
         text = text.translate(SIGNS)
-        for pattern, replacement in RULES:
+        for pattern, _, replacement in RULES:
             text = re.sub(pattern, replacement, text)
         text = unicodedata.normalize("NFKC", text)  # full-width digits, ½
     text = re.sub(r"(?<!\\)\b[A-Za-z]{2,}", lambda word: word[0].lower(), text)  # X is not x
@@ -266,7 +265,7 @@ def is_correct(completion, answer):
 def cache_file(kind, identity):
     """Path of a cached result. The identity lists all inputs of the result."""
     key = hashlib.sha256(repr(identity).encode()).hexdigest()
-    return Path("runs/.cache") / f"{kind}-{key[:32]}.json"
+    return Path(f"runs/.cache/{kind}-{key[:32]}.json")
 
 
 @dataclass(frozen=True)
