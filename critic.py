@@ -154,11 +154,7 @@ def correction(attempt, critique):
 
 
 def align(walk, attempt):
-    """The text of a critique's steps, in the attempt's white space.
-
-    A repeated step is the attempt's, character by character. A changed one gets the white space
-    that the attempt has inside its tags. Between steps stands what stands there in the attempt.
-    """
+    """A critique's steps as text, with the attempt's white space inside tags and between steps."""
     steps = parse_steps(attempt)
     gaps = [gap[0] for step in steps if (gap := GAP.match(attempt, step.end))] or ["\n"]
     steps = steps or parse_steps("<answer></answer>")  # no white space inside
@@ -167,7 +163,7 @@ def align(walk, attempt):
         ours = steps[min(n, len(steps) - 1)]
         inside = ours.text.replace(ours.text.strip(), step.text.strip(), 1)
         changed = f"<{step.name}>{inside}</{step.name}>"
-        aligned += ours.source if step.repeats(ours) else changed
+        aligned += ours.source if step.repeats(ours) else changed  # repeated: every character
         aligned += gaps[min(n, len(gaps) - 1)]
     return aligned.rstrip()
 
@@ -317,18 +313,19 @@ def request(client, url, cfg, message):
     """(text, failure) of the server's chat completion; no reply is a text None."""
     body = {"model": cfg.critic_model, "max_tokens": cfg.critic_max_tokens, "temperature": 0}
     body["messages"] = [{"role": "user", "content": message}]
+    key = {"Authorization": f"Bearer {os.environ.get('CRITIC_API_KEY', 'none')}"}
     for pause in (1, 2, 4, 8, 16, 32, 0):  # seconds before the next try
         reply = ""
         try:
-            response = client.post(f"{url}/chat/completions", json=body)
-            reply = f"HTTP {response.status_code}: {response.text}"
+            response = client.post(f"{url}/chat/completions", json=body, headers=key)
+            reply = f"HTTP {response.status_code}: {response.text}"  # servers word it in many ways
             choice = response.json()["choices"][0]
             text, reason = choice["message"].get("content") or "", choice["finish_reason"]
             if not isinstance(text, str):  # a list of parts, in which thinking has no text
                 text = "".join(part.get("text", "") for part in text)
             return text, "" if reason == "stop" else f"finish_reason {reason}"
         except Exception as error:  # transport and format errors of several libraries
-            reply = reply or repr(error)  # servers give reasons in many shapes
+            reply = reply or repr(error)
         if "temperature" in body and re.search("nsupported.*(max_tokens|temperature)", reply):
             body["max_completion_tokens"] = body.pop("max_tokens")  # for OpenAI's reasoning models
             del body["temperature"]
@@ -347,7 +344,6 @@ def server_critic(cfg):
         raise UserError(f"set --critic-model; the names: curl {url}/models")
     # The hub's client is an httpx.Client. A new one follows no redirects and sends no hub token.
     client = type(get_session())(timeout=(10, 600, 600, None))  # connect, read, write, queue: s
-    client.headers["Authorization"] = f"Bearer {os.environ.get('CRITIC_API_KEY', 'none')}"
 
     def complete(messages):
         with ThreadPool(cfg.critic_batch) as pool:  # of daemon threads: Ctrl-C does not wait
