@@ -323,11 +323,11 @@ def request(client, url, cfg, message):
             text, reason = choice["message"].get("content") or "", choice["finish_reason"]
             if not isinstance(text, str):  # a list of parts, in which thinking has no text
                 text = "".join(part.get("text", "") for part in text)
-            return text, "" if reason == "stop" else f"finish_reason {reason}"
+            return text, "" if reason in ("stop", "eos") else f"finish_reason {reason}"
         except Exception as error:  # transport and format errors of several libraries
             reply = reply or repr(error)
-        if "temperature" in body and re.search("nsupported.*(max_tokens|temperature)", reply):
-            body["max_completion_tokens"] = body.pop("max_tokens")  # for OpenAI's reasoning models
+        if "temperature" in body and re.search("temperature|nsupported.*max_tokens", reply):
+            body["max_completion_tokens"] = body.pop("max_tokens")  # for hosted reasoning models
             del body["temperature"]
         elif re.match("ReadTimeout|HTTP (?!408|429|5)", reply):  # another try would not help
             break

@@ -372,6 +372,7 @@ NOT_FOUND = b'{"error":{"message":"The model `judge` does not exist.","type":"No
 REPLIES = {  # what a server does -> its reply, what is said of it ("" if it is used), tries
     "vllm, thinking": (chat(WALK, reasoning_content="<answer>1</answer>", tool_calls=[]), "", 1),
     "parts": (chat(PARTS), "", 1),
+    "together": (chat(WALK, "eos"), "", 1),
     "html": ((200, b"<html>\nWelcome</html>"), "<html> Welcome", 1),
     "another shape": ((200, b'{"choices": []}'), "choices", 1),
     "content of another type": (chat({"text": WALK}), "content", 1),
@@ -450,15 +451,19 @@ def test_a_server_without_a_models_name_is_refused(pauses):
         ask_server("http://host/v1/", "a", critic_model="")
 
 
-def test_options_that_a_reasoning_model_refuses_are_left_out(pauses):
-    asked = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-    refusals = {"max_tokens": asked, "temperature": "Unsupported value: 'temperature'"}
-
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+        ("temperature", "Unsupported value: 'temperature' does not support 0 with this model."),
+        ("temperature", "temperature is deprecated for this model."),  # Claude
+        ("temperature", "invalid temperature: only 1 is allowed for this model"),  # Kimi
+    ],
+)
+def test_options_that_a_reasoning_model_refuses_are_left_out(option, said, pauses):
     def reply(message, n, body):
-        errors = [said for name, said in refusals.items() if name in body]
-        return (
-            (400, json.dumps({"error": {"message": errors[0]}}).encode()) if errors else chat(WALK)
-        )
+        error = json.dumps({"error": {"message": said}}).encode()
+        return (400, error) if option in body else chat(WALK)
 
     with server(reply) as (url, requests):
         assert [c.text for c in ask_server(url, *"ab")] == [WALK] * 2
