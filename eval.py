@@ -56,8 +56,7 @@ def open_subject(name):
     folder = Path(name)
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        runs = " ".join(sorted(str(file.parent) for file in folder.glob("*/metrics.jsonl")))
-        raise UserError(f"{name} is no run and no model; runs in it: {runs or 'none'}")
+        raise UserError(f"{name} is no run and no model; all runs of a folder are FOLDER/*")
     if not metrics.exists():
         return Subject(name, name, name)
     try:
@@ -73,14 +72,11 @@ def open_subject(name):
 
 def describe_training(runs):
     """How long each run was trained, with a warning if that differs."""
-    text, budgets = "", set()
+    text = ""
     for run in runs:
-        last, size = max(run.curve), f"{run.cfg.problems_per_step} x {run.cfg.group_size} rollouts"
-        text += (
-            f"{run.name}: {last} steps of {size}, lr {run.cfg.lr:g}; best step {run.best_step}\n"
-        )
-        budgets.add(last * run.cfg.problems_per_step)
-    if len(budgets) > 1:
+        size = f"{run.cfg.problems_per_step} x {run.cfg.group_size} rollouts, lr {run.cfg.lr:g}"
+        text += f"{run.name}: {max(run.curve)} steps of {size}; best step {run.best_step}\n"
+    if len({max(run.curve) * run.cfg.problems_per_step for run in runs}) > 1:
         text += "WARNING: unequal budgets: the runs differ in the number of problems trained on\n"
     return text
 
@@ -111,29 +107,31 @@ def write(path, text):
             file.write(text.encode())
 
 
-def sample(model, tokenizer, problems, prompts, cfg):
-    """A graded Attempt for each prompt. The token ids of each batch are cached."""
+def sample(model, tokenizer, chats, cfg):
+    """A graded Attempt for each (problem, prompt). The token ids of each batch are cached."""
     settings, completions = [cfg.gen_batch, cfg.max_new_tokens, cfg.temperature], []
-    starts = range(0, len(prompts), cfg.gen_batch)
+    starts = range(0, len(chats), cfg.gen_batch)
     for start in tqdm(starts, model.name_or_path, leave=False, disable=None):
-        batch = prompts[start : start + cfg.gen_batch]
+        batch = [prompt for _, prompt in chats[start : start + cfg.gen_batch]]
         identity = [model.fingerprint, cfg.device, cfg.seed, settings, start, batch]
         file = critic.cache_file("eval", identity)
         if not file.exists():
             torch.manual_seed(cfg.seed + start)
             write(file, json.dumps(sd.generate(model, tokenizer, batch, *settings)))
         completions += json.loads(file.read_text())
-    texts = [sd.completion_text(model, tokenizer, completion) for completion in completions]
-    rewards = [float(critic.is_correct(t, p.answer)) for t, p in zip(texts, problems, strict=True)]
-    cut_off = [c[-1] not in model.generation_config.eos_token_id for c in completions]
-    others = problems[1:] + problems[:1]
-    return list(map(Attempt, problems, prompts, completions, texts, rewards, cut_off, others))
+    attempts, others = [], [problem for problem, _ in chats[1:] + chats[:1]]
+    for (problem, prompt), completion, other in zip(chats, completions, others, strict=True):
+        text = sd.completion_text(model, tokenizer, completion)
+        reward = float(critic.is_correct(text, problem.answer))
+        cut_off = completion[-1] not in model.generation_config.eos_token_id
+        attempts.append(Attempt(problem, prompt, completion, text, reward, cut_off, other))
+    return attempts
 
 
 def sample_attempts(model, tokenizer, problems, cfg):
     """cfg.k attempts at each problem; neighbours differ in problem."""
     prompts = sd.encode_chats(tokenizer, map(sd.solver_message, problems))
-    return sample(model, tokenizer, problems * cfg.k, prompts * cfg.k, cfg)
+    return sample(model, tokenizer, [*zip(problems, prompts, strict=True)] * cfg.k, cfg)
 
 
 # ================================================================================ scores
@@ -167,13 +165,13 @@ def measure(subjects, problems, cfg):
 
 
 def score_rows(rows, scores, names):
-    """{row: {metric: interval or text}} of {label: scores}, and of each pair's difference."""
+    """{row: {metric: interval}} of {label: scores}, of differences, and ranges over seeds."""
     shown = {}
     for label, subjects in rows.items():
         shown[label] = intervals(scores[label].mean(0), names)
         if len(subjects) > 1:
-            seeds = scores[label].mean(1).T.tolist()  # [4, S]
-            ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in seeds]
+            seeds = scores[label].mean(1)  # [S, 4]
+            ranges = torch.stack([seeds.mean(0), *seeds.aminmax(dim=0)], 1).tolist()
             shown[f"{label}, {len(subjects)} seeds"] = dict(zip(names, ranges, strict=True))
     for a, b in combinations(rows, 2):
         shown[f"{b} − {a}"] = intervals(scores[b].mean(0) - scores[a].mean(0), names)
@@ -182,28 +180,25 @@ def score_rows(rows, scores, names):
 
 # ================================================================================ advantages
 @torch.no_grad()
-def token_log_probs(model, attempt, cfg):
+def token_log_probs(model, prompt, completion, cfg):
     """log π(y_t | prompt, y_<t) of every token: [T]."""
-    ids = attempt.completion
-    states = sd.hidden_states(model, [attempt.prompt], [ids])  # [T, H]
-    return sd.log_probs(model, states, cfg.temperature)[range(len(ids)), ids].cpu()
+    states = sd.hidden_states(model, [prompt], [completion])  # [T, H]
+    return sd.log_probs(model, states, cfg.temperature)[range(len(completion)), completion].cpu()
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
     """{context: attempts with their advantages under it}, for all contexts but grpo's."""
     readings = {}
-    own = [token_log_probs(student, attempt, cfg) for attempt in attempts]
-    for name in [name for name in sd.CONTEXTS if name != "grpo"]:
+    own = [token_log_probs(student, a.prompt, a.completion, cfg) for a in attempts]
+    for name in filter(sd.CONTEXTS.get, sd.CONTEXTS):
         readings[name] = [replace(attempt, condition=name) for attempt in attempts]
         for attempt, student_log_probs in zip(readings[name], own, strict=True):
             sd.give_context(attempt, name, tokenizer, cfg.teacher_thinking)
-            attempt.prompt = attempt.teacher_prompt
-            if attempt.prompt:
-                told = token_log_probs(teacher, attempt, cfg)
+            if attempt.teacher_prompt:
+                told = token_log_probs(teacher, attempt.teacher_prompt, attempt.completion, cfg)
                 attempt.advantages = (told - student_log_probs).tolist()
-        taught = [attempt for attempt in readings[name] if attempt.prompt]
-        problems, prompts = [a.problem for a in taught], [a.prompt for a in taught]
-        samples = sample(teacher, tokenizer, problems, prompts, cfg)
+        taught = [attempt for attempt in readings[name] if attempt.teacher_prompt]
+        samples = sample(teacher, tokenizer, [(a.problem, a.teacher_prompt) for a in taught], cfg)
         for attempt, answer in zip(taught, samples, strict=True):
             attempt.teacher_right = answer.reward
     return readings
@@ -241,9 +236,7 @@ def metric(attempt, name):
     if name == "pushed down" and attempt.reward and advantages:
         return 100 * fmean(a < -0.5 for a in advantages)
     kind = name.removeprefix("share ")
-    here = [a for a, k in zip(advantages, attempt.kinds, strict=False) if k == kind]
-    if not here:
-        return math.nan
+    here = [a for a, k in zip(advantages, attempt.kinds, strict=False) if k == kind] or [math.nan]
     if name == kind:
         return fmean(here)
     return 100 * sum(map(abs, here)) / (sum(map(abs, advantages)) or math.nan)
@@ -261,20 +254,27 @@ def analyse(readings, names, k):
 def unused(numbers):
     """The contexts with which the teacher is right no more often than without one."""
     right = {name: row["teacher right"] for name, row in numbers.items() if "teacher right" in row}
-    *_, chance = right.pop("empty", [-1])  # the upper end of the interval
-    return [name for name, (mean, *_) in right.items() if mean <= chance]
+    chance = right.pop("empty", [-1])[-1]  # the upper end of the interval
+    return [name for name, interval in right.items() if interval[0] <= chance]
 
 
 # ================================================================================ tables and page
-def table(title, columns, rows):
-    """The text of a table; rows are {label: {column: interval or text}}."""
-    width, text = max(map(len, rows)), f"\n{title}\n"
-    header = {column: column.removeprefix("share ") for column in columns}
-    for label, row in ({"": header} | rows).items():
-        cells = [row.get(c, "–") for c in columns]
-        texts = [c if isinstance(c, str) else "{:.2f} [{:.2f}, {:.2f}]".format(*c) for c in cells]
-        text += f"{label:{width}}" + "".join(f"{cell:>25}" for cell in texts) + "\n"
-    return text
+def cell(interval, decimals):
+    if not interval:
+        return "–"
+    mean, low, high = [f"{number:z.{decimals}f}" for number in interval]  # z: no minus before 0
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def table(title, columns, rows, decimals=1):
+    """The text of a table; rows are {label: {column: [mean, low, high]}}."""
+    lines = [["", *(column.removeprefix("share ") for column in columns)]]
+    for label, row in rows.items():
+        cells = [cell(row.get(column), decimals) for column in columns]
+        lines.append([label.replace("runs/", ""), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+    return f"\n{title}\n{text}\n"
 
 
 def pick_examples(readings):
@@ -302,7 +302,7 @@ def escape(text):
 
 
 def colour(n):
-    return f"hsl({20 + 277 * n} 75% 50%)"
+    return f"hsl({20 + 277 * n} 75% {35 + 15 * (n % 3)}%)"
 
 
 def bars(rows):
@@ -315,39 +315,31 @@ def bars(rows):
 
 
 def chart(marks, last, x_label, y_label):
-    """An SVG with x from 0 to last and y from 0 to 100; for the marks' places see `place`."""
+    """An SVG with y from 0 to 100 and x from 0 to last. The marks' x goes from 0 to 180."""
     return f"""<svg class=chart viewBox="0 0 430 250"><g text-anchor=end><text x=44 y=14>100</text>
 <text x=44 y=114>50</text><text x=44 y=214>0</text></g>
-<path d="M50 10h360M50 60h360M50 110h360M50 160h360M50 210h360" stroke="#8886"/>{marks}
+<g fill=none transform="translate(50 210) scale(2 -2)">
+<path d="M0 0h180M0 25h180M0 50h180M0 75h180M0 100h180" stroke="#8886" stroke-width=.5 />{marks}</g>
 <g text-anchor=middle><text x=50 y=228>0</text><text x=230 y=228>{last / 2:g}</text>
 <text x=410 y=228>{last}</text><text x=230 y=246>{x_label}</text>
 <text x=-110 y=14 transform=rotate(-90)>{y_label}</text></g></svg>"""
 
 
-def place(share, value):
-    """The place in a chart of x = share * last and y = value, as SVG's "x,y"."""
-    return f"{50 + 360 * share:.1f},{210 - 2 * value:.1f}"
-
-
 def charts(rows, averages, contexts):
-    """Validation Avg against step, with a legend, and test Avg against the teacher's accuracy."""
-    lines, points, legend = "", "", ""
+    """Validation Avg against step, and test Avg against the teacher's accuracy."""
+    lines, points = "", ""
     last = max([1, *(max(run.curve) for runs in rows.values() for run in runs if run.cfg)])
     for n, (label, runs) in enumerate(rows.items()):
-        style = f'stroke="{colour(n)}" stroke-dasharray="{2 + 5 * n % 11} {3 * n % 8}" fill="none"'
+        name = f"<title>{escape(label)}</title>"
         for curve in [run.curve for run in runs if run.cfg]:
-            path = " ".join(place(step / last, avg) for step, avg in curve.items())
-            lines += f'<polyline points="{path}" {style}/>'
-        if runs[0].cfg:
-            key = f'<svg class=key><path d="M0 5h40" {style}/></svg> {escape(label)}'
-            legend += f"<span class=item>{key}</span> "
+            path = " ".join(f"{180 * step / last:.1f},{avg:.1f}" for step, avg in curve.items())
+            lines += f'<polyline points="{path}" stroke="{colour(n)}">{name}</polyline>'
         context = contexts.get(runs[0].cfg.condition if runs[0].cfg else "empty")
         if context:
-            x, y = place(context["teacher right"][0] / 100, averages[label][0]).split(",")
-            points += f'<circle cx={x} cy={y} r=6 fill="{colour(n)}"/>'
-            points += f"<text x={float(x) - 10} y={y} text-anchor=end>{escape(label)}</text>"
+            x, y = 1.8 * context["teacher right"][0], averages[label][0]
+            points += f'<circle cx={x:.1f} cy={y:.1f} r=3 fill="{colour(n)}">{name}</circle>'
     curves = chart(lines, last, "training step", "validation Avg, %")
-    return f"{curves}{chart(points, 100, 'teacher right, %', 'test Avg, %')}<p>{legend}</p>"
+    return curves + chart(points, 100, "teacher right, %", "test Avg, %")
 
 
 def example(column):
@@ -356,42 +348,42 @@ def example(column):
     for n, a in enumerate(column):
         tokens = ""
         for token, value in zip(a.tokens, a.advantages, strict=False):
-            style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{value > 0})"'
+            hue = "keep" if value > 0 else "change"
+            style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{hue})"'
             tokens += f"<span {style}>{escape(token)}</span>"
         shown = escape(a.context or a.masked or "(nothing)")
-        rows += f"<div class=c{n}><p>{tokens}</p><p>{shown}</p></div>"
+        rows += f"<div class=c{n}><p>Attempt: {tokens}</p><p>Teacher sees: {shown}</p></div>"
     title = f"{a.problem.statement} ({a.problem.answer}): {'right' if a.reward else 'wrong'}"
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
-STYLE = """:root{color-scheme:light dark;--False:light-dark(#e0600a,#f07a28)}
-:root{--True:light-dark(#0072b2,#3aa0e8)} .chart{width:max(49%,min(100%,27rem));font-size:12px}
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem} h3{margin:.8rem 0}
-polyline,.key{stroke-width:2.5} pre{overflow-x:auto} .item,b{display:inline-block}
-.key{display:inline-block;width:40px;height:10px;margin-left:1rem} text{fill:currentColor}
+STYLE = """:root{color-scheme:light dark;--change:light-dark(#e0600a,#f07a28)}
+:root{--keep:light-dark(#0072b2,#3aa0e8)} .chart{width:max(49%,min(100%,27rem));font-size:12px}
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
+polyline{stroke-width:1.25} h3{margin:1rem 0 0} text{fill:currentColor} pre{overflow-x:auto}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem} dt{text-align:right}
 dd{margin:auto 0;display:flex;height:1rem;background:#8882} dd i+i{border-left:2px solid canvas}
-p,code{white-space:pre-wrap;overflow-wrap:anywhere} b{color:#fff;padding:.3rem}
-div p{margin:0} div p::before{content:"Attempt: "} div p+p::before{content:"Teacher sees: "}
-div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
-nav{position:sticky;top:0;background:canvas;padding:.5rem 0} summary{font-weight:bold}
-i{background:linear-gradient(90deg,var(--False),transparent,var(--True))}
+p,code{white-space:pre-wrap;overflow-wrap:anywhere}
+b{color:#fff;padding:.3rem;display:inline-block}
+div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 1rem}
+div p{margin:0} nav{position:sticky;top:0;background:canvas;padding:.5rem 0}
+summary{font-weight:bold}
+em{background:linear-gradient(90deg,var(--change),transparent,var(--keep))}
 [title]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
 [title]:hover::after{content:attr(title);position:absolute;padding:0 .3rem;background:canvas;
 border:1px solid;transform:translateY(-1.6rem)}"""
 
 
 def page(rows, training, numbers, tables, examples):
-    contexts, scores, shares, averages = numbers["contexts"], {}, {}, {}
-    for n, label in enumerate(rows):
-        averages[label] = mean, low, high = next(iter(numbers["scores"][label].values()))
+    contexts, scores, shares = numbers["contexts"], {}, {}
+    averages = {label: next(iter(numbers["scores"][label].values())) for label in rows}
+    for n, (label, (mean, low, high)) in enumerate(averages.items()):
         parts = [(low, "none"), (mean - low, colour(n)), (high - mean, colour(n))]
         scores[f"{label}: {mean:.1f}"] = parts
-    kinds = [name for name in contexts["tokens"] if name.startswith("share ")]
-    fills = dict(zip(kinds, ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
+    fills = dict(zip(contexts["tokens"], ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
     for name, row in contexts.items():
-        shares[name] = [(row[kind][0], fills[kind]) for kind in kinds if kind in row]
-    key = [f'<b style="background:{fills[kind]}">{escape(kind[6:])}</b>' for kind in kinds]
+        shares[name] = [(row[kind][0], fill) for kind, fill in fills.items() if kind in row]
+    key = [f'<b style="background:{fill}">{escape(kind[6:])}</b>' for kind, fill in fills.items()]
     switch, rules, told = "", "", ""
     for n, name in enumerate(a.condition for a in examples[0]):
         about = sd.CONTEXTS[name].__doc__ or inspect.getsource(sd.CONTEXTS[name]).strip()
@@ -405,16 +397,15 @@ def page(rows, training, numbers, tables, examples):
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
-</p>{charts(rows, averages, contexts)}<p>Left: a line for each seed. Right: does a teacher that \
-is right more often, with the context in its prompt, teach more? The base has no context.</p>
-<h2>Where the advantage is: shares of |A_t| in wrong attempts</h2><p>{" ".join(key)}</p>
-{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.</p>
-<h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
-sees. A token's colour is A_t = log π_teacher(token | problem, context) − log π_student(token | \
-problem), in nats: <i>change it (−5) … keep it (+5)</i>. Point at a token, or tap it, for the value.
-</p><nav>{switch}{told}</nav>{"".join(map(example, examples))}
-<details><summary>Tables</summary><pre>{escape(tables)}</pre><p>A_t: over attempts with a teacher. \
-Pushed down: tokens of right attempts with A_t &lt; −0.5.</p></details></html>"""
+</p>{charts(rows, averages, contexts)}<p>In the colours of the bars. Left: a line for each seed. \
+Right: does a teacher that is right more often, with the context in its prompt, teach more? The \
+base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
+<p>{" ".join(key)}</p>{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.
+</p><h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the \
+teacher sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
+π_student(token | problem), in nats: <em>change it (−5) … keep it (+5)</em>. Point at a token, or \
+tap it, for the value.</p><nav>{switch}{told}</nav>{"".join(map(example, examples))}
+<details><summary>Tables</summary><pre>{escape(tables)}</pre></details></html>"""
 
 
 # ================================================================================ command line
@@ -428,9 +419,6 @@ def parse_args(argv):
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
-    for path in filter(None, [args.html, args.json]):
-        if Path(path).is_dir() or not Path(path).parent.is_dir():
-            parser.error(f"{path} must be a file in an existing folder")
     return args
 
 
@@ -446,17 +434,18 @@ def score_contexts(subject, problems, cfg):
         attempt.kinds = token_kinds(attempt, judge)
     readings = read_contexts(attempts, student, teacher, tokenizer, cfg)
     kinds = KINDS if judge else PLACES
-    a, b = [*kinds, "teacher right"], [f"share {kind}" for kind in kinds] + ["pushed down"]
-    numbers = analyse(readings, a + b, cfg.k)
+    shares, others = [f"share {kind}" for kind in kinds], ["teacher right", "pushed down"]
+    numbers = analyse(readings, [*kinds, *shares, *others], cfg.k)
     ones = [replace(attempt, advantages=[1.0] * len(attempt.kinds)) for attempt in attempts]
-    shares = analyse({"tokens": ones}, b, cfg.k) | numbers  # shares of all tokens, then of |A_t|
-    text = table(f"{subject.model}: wrong attempts' A_t, nats; teacher accuracy, %", a, numbers)
-    text += table("wrong attempts: % of |A_t|; right attempts: % with A_t < -0.5", b, shares)
+    tokens = analyse({"tokens": ones}, shares, cfg.k)  # the kinds' shares of all tokens
+    text = table(f"{subject.model}: A_t in wrong attempts, nats", kinds, numbers, decimals=2)
+    text += table("share of |A_t| in wrong attempts, %", shares, tokens | numbers)
+    text += table("teachers' answers; right attempts' tokens with A_t < -0.5; %", others, numbers)
     for name in unused(numbers):
         text += f"{name}: the teacher is not better than without a context: it does not use it\n"
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"
-    return shares, text, pick_examples(readings)
+    return tokens | numbers, text, pick_examples(readings)
 
 
 @sd.command_line("eval.py")
@@ -476,22 +465,21 @@ def main(argv):
     problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
     if not problems:
         raise UserError(f"{cfg.data} has no problems")
-    rows = rows_of(subjects)
-    numbers, tables, examples = {"scores": {}}, "", []
-    print(f"{cfg.k} attempts at each of {len(problems)} problems by", *(rows or [scored.name]))
-    scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
+    rows, training = rows_of(subjects), describe_training(runs)
+    numbers, tables = {}, ""
+    test = f"{cfg.k} attempts at each of {len(problems)} problems of {cfg.data}"
+    print(test, "by", *(rows or [scored.name]))
     if rows:
+        scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
-        numbers |= {"scores": score_rows(rows, scores, names), "problems": scores}
-        title = f"{len(problems)} problems of {cfg.data}, {cfg.k} samples [95% interval]"
-        tables = table(title, names, numbers["scores"]) + describe_training(runs)
+        numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
+        tables = table(f"{test} [95% interval; seeds: range]", names, numbers["scores"]) + training
         print(tables)
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
         print(text)
         print_example(examples[0])
-        tables += text
-        write(args.html, page(rows, describe_training(runs), numbers, tables, examples))
+        write(args.html, page(rows, training, numbers, tables + text, examples))
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
 
 

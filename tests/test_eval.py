@@ -70,7 +70,7 @@ def test_rows_of_the_table(make_config):
     swing = torch.tensor([0.0, 100.0] * 10)[None, :, None]  # [S, P, 1]
     scores = {"base": swing, "x": torch.cat([swing + 1, swing + 5]), "w": swing}
     shown = {row: columns["Avg"] for row, columns in ev.score_rows(rows, scores, ["Avg"]).items()}
-    assert shown["x"][0] == 53 and shown["x, 2 seeds"] == "51.00 to 55.00"
+    assert shown["x"][0] == 53 and shown["x, 2 seeds"] == [53, 51, 55]
     assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == shown["base"]
     said = ev.describe_training(runs)
     assert (
@@ -82,9 +82,16 @@ def test_rows_of_the_table(make_config):
     contexts = {"critique": {"teacher right": [70.0]}, "empty": {"teacher right": [20.0]}}
     drawn = ev.charts(rows, {"base": [10.0], "x": [53.0], "w": [30.0]}, contexts)
     assert len(set(re.findall('stroke="(.*?)"', drawn))) == 3  # grid, x, w
-    for mark in 'points="50.0,208.0 307.1,206.0"', 'points="50.0,206.0 307.1,206.0 410.0,210.0"':
-        assert mark in drawn  # y grows downwards
-    assert "<circle cx=302.0 cy=104.0 " in drawn and "<circle cx=122.0 cy=190.0 " in drawn
+    for mark in 'points="0.0,1.0 128.6,2.0"', 'points="0.0,2.0 128.6,2.0 180.0,0.0"':
+        assert mark in drawn and "translate(50 210) scale(2 -2)" in drawn  # y grows upwards
+    assert "<circle cx=126.0 cy=53.0 " in drawn and "<circle cx=36.0 cy=10.0 " in drawn
+
+
+def test_a_table_is_as_wide_as_its_contents():
+    rows = {"runs/x": {"a": [1.25, -0.04, 100], "bc": [-0.04, 0, 0.04]}, "longer": {"bc": [5] * 3}}
+    lines = ["title", f"{'a':>24}   bc", "     x  1.2 [0.0, 100.0]  0.0", f"longer{'–':>18}  5.0"]
+    assert ev.table("title", ["a", "bc"], rows).split("\n")[1:-1] == lines
+    assert "-0.04 [0.00, 0.04]" in ev.table("", ["bc"], rows, decimals=2)
 
 
 def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypatch):
@@ -320,7 +327,7 @@ def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     assert contexts["empty"]["wrong value"][0] != 0  # the run is scored, not its base
     said = capsys.readouterr().out
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
-    assert contexts["silent"] == {} and re.search(r"silent( +–){5}\n", said)
+    assert contexts["silent"] == {} and re.search(r"silent( +–){4}\n", said)
     assert "critic_failed 0.00, aligned 0.33" in said
     assert "quote: the teacher is not better" in said
     accuracy = {"a": [5, 1, 9], "empty": [4, 2, 5], "b": [5.1, 0, 9]}
