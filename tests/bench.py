@@ -1,9 +1,8 @@
 """Speed and memory: of your own model, or each as a ratio of two things measured in one process.
 
 python tests/bench.py fit MODEL ...   does it fit? one step of sd.py with these flags, see bench_fit
-python tests/bench.py            step and loss (three minutes on two cores, 12 GB of memory)
 python tests/bench.py step       the training step against its bare parts
-python tests/bench.py loss       the loss in chunks against the loss in one piece
+python tests/bench.py loss       the loss in chunks against the loss in one piece (12 GB)
 python tests/bench.py trl        grpo without sampling, against TRL; needs `pip install trl peft`
 """
 
@@ -32,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import critic  # noqa: E402
 import sd  # noqa: E402
 
-sd.logging.set_verbosity_error()
 SHAPES = {
     "toy": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 16},
     "25M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64},
@@ -198,7 +196,7 @@ class Meter:
         return call
 
 
-def bench_fit(argv):
+def bench_fit(*argv):
     """One step on a model with random weights: MODEL's config and tokenizer, and sd.py's flags.
 
     The worst case: the longest problems of --data, no end token, and critiques as long as the
@@ -239,10 +237,9 @@ def bench_fit(argv):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["fit"]:
-        with sd.command_line("bench.py"):
-            bench_fit(sys.argv[2:])
-        sys.exit()
-    benches = {"step": bench_step, "loss": bench_loss, "trl": bench_trl}
-    for name in sys.argv[1:] or ("step", "loss"):
-        benches[name]()
+    benches = {"fit": bench_fit, "step": bench_step, "loss": bench_loss, "trl": bench_trl}
+    name, *flags = sys.argv[1:] or [""]
+    if name not in benches:
+        sys.exit(__doc__)
+    with sd.command_line("bench.py"):
+        benches[name](*flags)

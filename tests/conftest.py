@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU: exact, and a fork cannot use CUDA
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU: exact
 
 import huggingface_hub
 import pytest
@@ -90,9 +90,7 @@ def small(tiny_folder, world):
     """Settings of a small run."""
     settings = {"model": tiny_folder, "data": world, "critic": TOY / "scribe.py", "device": "cpu"}
     settings |= {"steps": 4, "problems_per_step": 3, "max_new_tokens": 12, "lora_rank": 4}
-    settings["lr"] = 4e-3
-    settings |= {"lora_alpha": 8, "eval_every": 2, "val_samples": 2}
-    return settings
+    return settings | {"lr": 4e-3, "lora_alpha": 8, "eval_every": 2, "val_samples": 2}
 
 
 def reward_some(text, answer):
@@ -110,7 +108,7 @@ def make_config(small):
 
 
 @pytest.fixture
-def tiny(make_config, tiny_folder):
+def tiny(tiny_folder):
     """(model, tokenizer), loaded anew for each test."""
     return sd.load_model(tiny_folder, "cpu", "float32")
 

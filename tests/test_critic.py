@@ -111,33 +111,31 @@ def tagged(steps, answer="9"):
 WALK = tagged("ab")
 
 
-def test_steps_are_parsed_and_compared():
-    for text, found in {
-        "<step_1>a</step_1> x <answer>b</answer>": [("step_1", "a"), ("answer", "b")],
-        "<step_1>a\n<step_2>b<answer>c</answer>": [  # forgotten
-            ("step_1", "a\n"),
-            ("step_2", "b"),
-            ("answer", "c"),
-        ],
-        "<step_3>a</step_4></step_3><step_99999>b</step_99999>": [("step_3", "a")],  # miscounted
-        "<answer>a</step_1> <step_1>b</answer> <step_2>c": [("step_1", "b")],
-        "<think></think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": [
-            ("step_3", "b")
-        ],
-        "<answer>a</answer> <think>maybe <answer>b</answer>? No, wait": [("answer", "a")],
-    }.items():
-        steps = critic.parse_steps(text)
-        assert [(s.name, s.text) for s in steps] == found
-        assert all(text[s.start : s.end].startswith(f"<{s.name}>{s.text}") for s in steps)
+PARSED = {  # text -> names and texts of its steps
+    "<step_1>a</step_1> x <answer>b</answer>": "step_1 a answer b",
+    "<step_1>a <step_2>b<answer>c</answer>": "step_1 a step_2 b answer c",  # forgotten
+    "<step_3>a</step_4></step_3><step_99999>b</step_99999>": "step_3 a",  # miscounted
+    "<answer>a</step_1> <step_1>b</answer> <step_2>c": "step_1 b",
+    "<think></think><step_1>a</step_1> <step_2></think> </step_2> <step_3>b</step_3>": "step_3 b",
+    "<answer>a</answer> <think>maybe <answer>b</answer>? No, wait": "answer a",
+}
+
+
+@pytest.mark.parametrize("text", PARSED)
+def test_steps_are_parsed_from_what_models_write(text):
+    steps = critic.parse_steps(text)
+    assert " ".join(f"{s.name} {s.text}" for s in steps).split() == PARSED[text].split()
+    assert all(text[s.start : s.end].startswith(f"<{s.name}>{s.text}") for s in steps)
+
+
+def test_the_first_difference_is_a_step_of_the_attempt():
     attempts = [tagged("abc"), "<step_1> a\n</step_1>", tagged("axx"), tagged("abcd")]
     wrong = [critic.first_difference(attempt, tagged("abc")) for attempt in attempts]
     assert wrong[:2] == [None, None] and [s.name for s in wrong[2:]] == ["step_2", "step_4"]
 
 
-def parse(reply, attempt="", answer="9"):
-    return critic.parse_critique(
-        reply, replace(ROLLOUT, text=attempt, problem=Problem("p", "s", answer))
-    )
+def parse(reply, attempt=""):
+    return critic.parse_critique(reply, replace(ROLLOUT, text=attempt))
 
 
 def test_a_critique_is_the_last_walk_to_the_right_answer():
@@ -151,35 +149,24 @@ def test_a_critique_is_the_last_walk_to_the_right_answer():
         f"{WALK} <think> Or else {tagged('xx')}?",
     ]:
         assert parse(reply, WALK).text == WALK, reply
-    for bad in (
-        f"{WALK}</think>",
-        None,
-        "<step_1>a</step_1>",
-        "<answer>9</answer>",
-        f"<think>{WALK}",
-    ):
-        said = "no steps or no answer" if bad else "no reply"
-        assert parse(bad) == Critique(None, said, bad or "")
+    assert parse(None) == Critique(None, "no reply")
+    for bad in f"{WALK}</think>", "<step_1>a</step_1>", "<answer>9</answer>", f"<think>{WALK}":
+        assert parse(bad) == Critique(None, "no steps or no answer", bad)
     assert parse(tagged("ab", "8")) == Critique(None, "wrong answer", tagged("ab", "8"))
     assert parse(f"{'x' * 300}</think>{WALK}{'y' * len(WALK)}", WALK).dropped == 0.5
 
 
-SPACED = "<step_1>a  b</step_2>\n<step_2>\n  c\n</step_2>\n\n<answer>8</answer>\n"
+SPACED = "<step_1>a  b</step_2>\n<step_2>\n  {}\n</step_2>\n\n{}<answer>{}</answer>"
+CHANGED = "<step_1>a b</step_1> <step_2>d</step_2> <step_3>e</step_3> <answer>9</answer>"
 ALIGNED = [  # attempt, critic's reply, what the teacher sees
     (WALK.replace(" ", "\n"), WALK, WALK.replace(" ", "\n")),  # right: repeated, gaps included
-    (WALK, WALK.replace(" ", "\n"), WALK),
-    (  # verbatim up to the change, then the same white space, inside the tags too
-        SPACED,
-        "<step_1>a b</step_1> <step_2>d</step_2> <step_3>e</step_3> <answer>9</answer>",
-        "<step_1>a  b</step_2>\n<step_2>\n  d\n</step_2>\n\n<step_3>e</step_3>"
-        "\n\n<answer>9</answer>",
-    ),
+    # verbatim up to the change, then the same white space, inside the tags too
+    (SPACED.format("c", "", 8), CHANGED, SPACED.format("d", "<step_3>e</step_3>\n\n", 9)),
     ("<step_1>a</step_1>\n\n<step_2>b", WALK, WALK.replace(" ", "\n\n")),  # unfinished
-    *[(text, WALK, text) for text in ["<step_1>a\n<step_2>b\n<answer>9</answer>"]],  # not closed
+    ("<step_1>a\n<step_2>b\n<answer>9</answer>", WALK, "<step_1>a\n<step_2>b\n<answer>9</answer>"),
     ("Sure! <step_1>a</step_1>\tSo <answer>8</answer>", WALK, WALK.replace(" ", "\t")),
     ("<step_1>x</step_1><answer>8</answer>", WALK, WALK.replace(" ", "")),
-    ("It is 9", WALK, WALK.replace(" ", "\n")),  # the form that sd.SOLVE shows
-    ("It is 9", "<step_1>a\n<step_2> b<answer>9</answer>", WALK.replace(" ", "\n")),
+    ("It is 9", "<step_1>a\n<step_2> b<answer>9</answer>", WALK.replace(" ", "\n")),  # as in SOLVE
 ]
 
 
@@ -289,9 +276,7 @@ def test_a_rule_from_a_file(tmp_path):
     assert [(a.text, a.failure) for a in answers] == [(WALK, ""), (None, "no reply")]
     for text, said in ("", "KeyError"), ("def critique(:", "SyntaxError.*rule.py', 1, "):
         rule.write_text(text)
-        with pytest.raises(
-            UserError, match=rf"critique\(problem, attempt\) from .*rule.py: {said}"
-        ):
+        with pytest.raises(UserError, match=rf"\(problem, attempt\) from .*rule.py: {said}"):
             critic.rule_critic(rule)
 
 
@@ -325,9 +310,9 @@ def server(reply):
         httpd.shutdown()
 
 
-def ask_server(url, *messages, parallel=4, **settings):
-    settings = {"critic_model": "judge", "critic_max_tokens": 100} | settings
-    cfg = sd.parse_args(flags(settings | {"critic": url, "critic_batch": parallel}))
+def ask_server(url, *messages, **more):
+    settings = {"critic_model": "judge", "critic_max_tokens": 100, "critic_batch": 4}
+    cfg = sd.parse_args(flags(settings | {"critic": url} | more))
     return critic.server_critic(cfg)([ROLLOUT] * len(messages), messages)
 
 
@@ -358,9 +343,8 @@ def test_requests_are_parallel_and_greedy_and_carry_only_the_critics_key(key, pa
     assert requests[7][0] == "/v1/chat/completions"
     assert requests[8][0] == "/v1beta/openai/chat/completions"
     for _, headers, body in requests:
-        assert headers["Authorization"] == f"Bearer {key or 'none'}" and "hf_mine" not in str(
-            headers
-        )
+        assert headers["Authorization"] == f"Bearer {key or 'none'}"
+        assert "hf_mine" not in str(headers)
         assert (body["model"], body["max_tokens"], body["temperature"]) == ("judge", 100, 0)
         [message] = body["messages"]
         assert message["role"] == "user" and message["content"] in "abcdefgh"
@@ -368,22 +352,23 @@ def test_requests_are_parallel_and_greedy_and_carry_only_the_critics_key(key, pa
 
 PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
 PARTS += [{"type": "text", "text": text} for text in (WALK[:9], WALK[9:])]
-NOT_FOUND = b'{"error":{"message":"The model `judge` does not exist.","type":"NotFoundError"}}'
 REPLIES = {  # what a server does -> its reply, what is said of it ("" if it is used), tries
     "vllm, thinking": (chat(WALK, reasoning_content="<answer>1</answer>", tool_calls=[]), "", 1),
     "parts": (chat(PARTS), "", 1),
     "together": (chat(WALK, "eos"), "", 1),
     "html": ((200, b"<html>\nWelcome</html>"), "<html> Welcome", 1),
-    "another shape": ((200, b'{"choices": []}'), "choices", 1),
     "content of another type": (chat({"text": WALK}), "content", 1),
     "lm studio, wrong path": ((200, b'{"error":"Unexpected endpoint"}'), "Unexpected endpoint", 1),
     "null content": (chat(None), "empty reply", 1),
     "cut off": (chat(WALK, "length"), "finish_reason length", 1),
     "sglang, aborted": (chat(WALK, "abort"), "finish_reason abort", 1),
-    "vllm, wrong model": ((404, NOT_FOUND), "HTTP 404: .*`judge` does not exist", 1),
-    "vllm, too long": ((400, b'{"message":"maximum length\\nis 2048"}'), "HTTP 400: .*is 2048", 1),
     "ollama": ((404, b'{"error":"model not found, try pulling it first"}'), "pulling it first", 1),
-    "fastapi": ((422, b'{"detail":[{"msg":"Field required"}]}'), "HTTP 422: .*Field required", 1),
+    "vllm, wrong model": (
+        (404, b'{"error":{"message":"No `judge`"}}'),
+        "HTTP 404: .*No `judge`",
+        1,
+    ),
+    "a limit": ((400, b"max_tokens is too large"), "too large", 1),
     "a long page": ((404, b"no page " * 999), "^.{300,350}$", 1),
     "moved": ((307, b""), "HTTP 307", 1),
     "a timeout of its own": ((408, b""), "HTTP 408", 7),
@@ -395,20 +380,15 @@ REPLIES = {  # what a server does -> its reply, what is said of it ("" if it is 
 
 @pytest.mark.parametrize("behaviour", REPLIES)
 def test_what_a_server_may_reply(behaviour, pauses):
-    """A failure is one of that rollout alone, is said on one line, and is not cached."""
+    """A failure is one of that rollout alone and is said on one line."""
     reply, said, tries = REPLIES[behaviour]
     with server(lambda message, *_: chat(WALK) if message == "fine" else reply) as (url, requests):
         tested, fine = ask_server(url, "tested", "fine")
         assert fine.text == WALK and pauses == [1, 2, 4, 8, 16, 32][: tries - 1]
         assert len(requests) == tries + 1
-        if not said:
-            assert tested == fine
-            return
-        assert tested.text is None and "\n" not in tested.failure
-        assert re.search(said, tested.failure), tested.failure
+        assert re.search(f"{said or '^$'}", tested.failure) and "\n" not in tested.failure
+        assert tested.text == (None if said else WALK)
         assert tested.reply == (WALK if "finish_reason" in said else "")
-        ask_server(url, "tested", "fine")
-        assert len(requests) == 2 * tries + 1
     with server(lambda message, n, body: chat(WALK) if n == 7 else reply) as (url, _):
         assert tries == 1 or ask_server(url, "tested")[0].text == WALK  # it recovered in time
 
@@ -424,13 +404,8 @@ def test_a_server_that_refuses_the_key_or_is_not_there_ends_the_program(pauses):
         with pytest.raises(UserError, match="refused|protocol|Invalid|range") as error:
             ask_server(bad, *"ab")
         assert str(error.value).startswith(bad) and "\n" not in str(error.value)
-    with (
-        server(lambda *_: (404, NOT_FOUND)) as (url, _),
-        pytest.raises(UserError, match="HTTP 404"),
-    ):
-        ask_server(url, *"ab")
-    with server(lambda *_: chat(WALK, "length")) as (url, _):  # this one works
-        assert [c.failure for c in ask_server(url, *"ab")] == ["finish_reason length"] * 2
+    with pytest.raises(UserError, match="^set --critic-model; .*: curl http://host/v1/models$"):
+        ask_server("http://host/v1/", "a", critic_model="")
 
 
 def test_a_slow_server_is_waited_for_once(pauses, monkeypatch):
@@ -444,11 +419,6 @@ def test_a_slow_server_is_waited_for_once(pauses, monkeypatch):
         with pytest.raises(UserError, match="ReadTimeout"):
             ask_server(url, "a")
         assert len(requests) == 1 and not pauses
-
-
-def test_a_server_without_a_models_name_is_refused(pauses):
-    with pytest.raises(UserError, match="^set --critic-model; .*: curl http://host/v1/models$"):
-        ask_server("http://host/v1/", "a", critic_model="")
 
 
 @pytest.mark.parametrize(
@@ -469,10 +439,6 @@ def test_options_that_a_reasoning_model_refuses_are_left_out(option, said, pause
         assert [c.text for c in ask_server(url, *"ab")] == [WALK] * 2
     assert sorted(r[2].get("max_completion_tokens", 0) for r in requests) == [0, 0, 100, 100]
     assert not pauses
-    with server(lambda *_: (400, b"max_tokens is too large")) as (url, requests):
-        with pytest.raises(UserError, match="too large"):
-            ask_server(url, "a")
-        assert len(requests) == 1
 
 
 def test_the_cache_tells_urls_models_and_lengths_apart(pauses):

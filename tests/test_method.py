@@ -23,36 +23,25 @@ SCRIBE = critic.rule_critic(TOY / "scribe.py")
 
 
 # ------------------------------------------------------------------------ contexts
-SAID = "Step 2 is wrong. Correct: <step_2>b</step_2>"
-ALL = "Step 1 is correct. Step 2 is correct. Answer is correct. Every step is correct."
-QUOTED = [  # attempt, what quote and omit say of it
-    (WRONG, f"{WRONG} {SAID}", f"Step 1 is correct. {SAID}"),
-    (
-        WRONG.replace("</step_1>", ""),
-        f"{WRONG.replace('</step_1>', '')} {SAID}",
-        f"Step 1 is correct. {SAID}",
-    ),
-    (WALK, f"{WALK} Every step is correct.", ALL),
-    ("It is 9", "It is 9 Correct: <step_1>a</step_1>", "Correct: <step_1>a</step_1>"),
-    (  # right, but a step is missing
-        "<step_1>a</step_1> <answer>53</answer>",
-        "<step_1>a</step_1> <answer>53</answer> Correct: <step_2>b</step_2>",
-        "Step 1 is correct. Correct: <step_2>b</step_2>",
-    ),
-    (  # unfinished
-        "<step_1>a</step_1> <step_2>",
-        "<step_1>a</step_1> <step_2> Correct: <step_2>b</step_2>",
-        "Step 1 is correct. Correct: <step_2>b</step_2>",
-    ),
+B, WRONG_2 = "<step_2>b</step_2>", "Step 2 is wrong. Correct: <step_2>b</step_2>"
+QUOTED = [  # attempt, verdicts on the steps before the first difference, the correction
+    (WRONG, "Step 1 is correct. ", WRONG_2),
+    (WRONG.replace("</step_1>", " " * 30), "Step 1 is correct. ", WRONG_2),  # not closed
+    (WALK, "Step 1 is correct. Step 2 is correct. Answer is correct. ", "Every step is correct."),
+    ("It is 9", "", "Correct: <step_1>a</step_1>"),
+    # right, but a step is missing; unfinished
+    (WALK.replace(B, ""), "Step 1 is correct. ", f"Correct: {B}"),
+    ("<step_1>a</step_1> <step_2>", "Step 1 is correct. ", f"Correct: {B}"),
 ]
 
 
-@pytest.mark.parametrize("attempt, quote, omit", QUOTED)
-def test_what_every_context_says(attempt, quote, omit):
+@pytest.mark.parametrize("attempt, verdicts, correction", QUOTED)
+def test_what_every_context_says(attempt, verdicts, correction):
     other = Problem("1*2", "<step_1>2</step_1> <answer>2</answer>", "2")
     rollout = sd.Rollout(PROBLEM, [], [], attempt, 0.0, critique=WALK, other_problem=other)
-    said = {"reference": PROBLEM.solution, "critique": WALK, "shuffled": f"1*2\n\n{other.solution}"}
-    said |= {"answer": "<answer>53</answer>", "empty": "", "quote": quote, "omit": omit}
+    said = {"reference": PROBLEM.solution, "critique": WALK, "answer": "<answer>53</answer>"}
+    said |= {"shuffled": f"1*2\n\n{other.solution}", "empty": ""}
+    said |= {"quote": f"{attempt} {correction}", "omit": verdicts + correction}
     assert {name: sd.CONTEXTS[name](rollout) for name in said} == said
     assert sd.CONTEXTS.keys() == said.keys() | {"grpo"}
 
@@ -86,18 +75,6 @@ def test_control_tokens_spelled_in_a_text_stay_text():
             assert prompt.count(control) == harmless.count(control)
     told = "Problem: p{0} Reference solution: s{0} Right answer: 9 Student's attempt: {0}a"
     assert " ".join(asked.split()).endswith(told.format(word))
-
-
-def test_the_teacher_of_a_right_attempt_reads_its_very_tokens():
-    """One space for a newline, and at each step boundary the teacher contradicts the student."""
-    tokenizer, attempt = byte_tokenizer(), WALK.replace(" ", "\n")
-    completion = tokenizer.encode(attempt, add_special_tokens=False)
-    rollout = sd.Rollout(PROBLEM, [], completion, attempt, 1.0)
-    ask = Mock(return_value=[critic.parse_critique(f"All is right. {WALK}", rollout)])
-    sd.ask_critic([rollout], ask)
-    sd.give_context(rollout, "critique", tokenizer, False)
-    prompt, length = rollout.teacher_prompt, len(completion)
-    assert any(prompt[n : n + length] == completion for n in range(len(prompt)))
 
 
 def sampled(tiny, problems, cfg):
@@ -167,10 +144,8 @@ def test_sampling_follows_the_distribution_that_is_scored(tmp_path, tiny):
     states = torch.ones(1, 32, dtype=torch.bfloat16)
     scored = sd.log_probs(model.bfloat16(), states, 1.0)  # bf16 would lose 0.1 nats
     assert {p.dtype for p in [scored, *sd.add_adapters(model, 2, 4.0)]} == {torch.float32}
-    assert [sd.parse_args(["--device", d]).dtype for d in ("cuda:1", "cpu")] == [
-        "bfloat16",
-        "float32",
-    ]
+    dtypes = [sd.parse_args(["--device", device]).dtype for device in ("cuda:1", "cpu")]
+    assert dtypes == ["bfloat16", "float32"]
 
 
 # ------------------------------------------------------------------------ the training step
@@ -224,19 +199,9 @@ def gradient_of(loss, adapters):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapters))])
 
 
-@pytest.mark.parametrize("condition", ["grpo", "critique"])
-def test_a_step_does_not_depend_on_micro_batches_or_chunks(condition, step):
-    whole, _, metrics, _ = step(condition=condition)
-    assert whole.abs().max() > 1e-3
-    for cut in {"micro_batch": 1}, {"micro_batch": 3}, {"chunk": 1}, {"chunk": 7}:
-        parts, _, cut_metrics, _ = step(condition=condition, **cut)
-        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
-        assert cut_metrics == pytest.approx(metrics, abs=1e-5)
-
-
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_steps_gradient_against_plain_autograd(divergence, step):
-    """The loss written out: token after token, torch's own divergences, no batch, no chunks.
+    """The loss written out: token after token, torch's own divergences, no micro-batch, no chunks.
 
     One rollout has no critique: it is neither in the sum nor in the divisor.
     """
@@ -244,8 +209,8 @@ def test_a_steps_gradient_against_plain_autograd(divergence, step):
     def ask(rollouts, messages):
         return [Critique(None, "timed out"), *SCRIBE(rollouts[1:], messages[1:])]
 
-    settings = {"condition": "critique", "divergence": divergence, "temperature": 1.5}
-    moved, rollouts, metrics, (model, adapters) = step(ask, **settings)
+    settings = {"divergence": divergence, "temperature": 1.5, "micro_batch": 2, "chunk": 3}
+    moved, rollouts, metrics, (model, adapters) = step(ask, condition="critique", **settings)
     total, entropy, advantages = 0.0, 0.0, []
     for r in rollouts[1:]:
         student = plain_log_probs(model, r.prompt, r.completion, 1.5)
@@ -275,7 +240,8 @@ def test_equal_rewards_are_an_advantage_of_exactly_zero():
 
 
 def test_grpos_gradient_against_plain_autograd_clipped_to_its_norm(step):
-    settings = {"condition": "grpo", "group_size": 4, "temperature": 1.5, "max_grad_norm": 0.01}
+    settings = {"group_size": 4, "temperature": 1.5, "micro_batch": 3, "chunk": 7}
+    settings |= {"condition": "grpo", "max_grad_norm": 0.01}
     moved, rollouts, metrics, (model, adapters) = step(**settings)
     by_hand = [math.sqrt(3)] + [-1 / math.sqrt(3)] * 3  # rewards 1, 0, 0, 0
     total = 0.0

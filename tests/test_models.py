@@ -2,7 +2,6 @@
 
 import builtins
 import json
-from datetime import datetime
 from unittest.mock import Mock
 
 import pytest
@@ -101,16 +100,12 @@ def test_a_text_keeps_special_tokens_and_drops_the_end_token(tmp_path):
     assert sd.completion_text(model, tokenizer, [*ids, 1]) == "<answer>7</answer>"
 
 
-def test_a_prompt_does_not_change_overnight_and_has_either_thinking_switch(monkeypatch):
+def test_a_prompt_does_not_change_overnight_and_has_either_thinking_switch():
     tokenizer = byte_tokenizer()
     date = "{%- macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro -%} {{ today() }}"
     tokenizer.chat_template = date + "{% if thinking %}hm{% endif %}{{ messages[0].content }}"
-    prompts = []
-    for year in (2030, 2031):
-        clock = Mock(now=lambda year=year: datetime(year, 1, 1))
-        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
-        prompts += sd.encode_chats(tokenizer, ["hello"])
-    assert prompts[0] == prompts[1] != sd.encode_chats(tokenizer, ["hello"], True)[0]
+    for thinking, said in (False, "26 Jul 2024hello"), (True, "26 Jul 2024hmhello"):
+        assert tokenizer.decode(sd.encode_chats(tokenizer, ["hello"], thinking)[0]) == said
     toy = AutoTokenizer.from_pretrained(TOY)
     assert sd.encode_chats(toy, ["12 <unk> 3"])[0][-2] == toy.convert_tokens_to_ids("3")
 
@@ -197,13 +192,6 @@ def test_a_model_that_is_damaged_or_unsupported_is_refused(spoil, said, tmp_path
     with pytest.raises(UserError, match=said) as error:
         sd.load_model(str(tmp_path), "cpu", "float32")
     assert str(tmp_path) in str(error.value)
-
-
-def test_a_missing_folder_or_device_is_named():
-    with pytest.raises(UserError, match="no such folder"):
-        sd.load_model("no/such/x", "cpu", "float32")
-    with pytest.raises(UserError, match="on cuda:99: .*CUDA"):
-        sd.load_model(str(TOY), "cuda:99", "float32")
 
 
 def test_a_models_own_code_is_never_run(tmp_path, monkeypatch):

@@ -3,24 +3,17 @@
 import builtins
 import gc
 import io
-import itertools
 import json
-import multiprocessing
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
-from conftest import flags, read_lines, reward_some
+from conftest import read_lines, reward_some
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,11 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import critic
 import sd
+from critic import UserError
 
 BEST = "best/model.safetensors"
-# Children are forked from a process that has loaded the libraries, but never used autograd.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.conftest"])
 
 
 def files_of(folder):
@@ -84,8 +75,7 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
     for s in samples:
         lengths = {len(s["tokens"]), len(s["completion"])}
         assert lengths == {len(s["advantages"] or s["tokens"])} and not s["masked"]
-    config = json.loads((out / "config.json").read_text())
-    assert (config["condition"], config["lr"]) == (condition, 4e-3)
+    assert json.loads((out / "config.json").read_text())["condition"] == condition
     AutoModelForCausalLM.from_pretrained(out / "best")
     assert not list(out.rglob("*.new"))
     assert run.test.call_args.args[0][2:5] == [str(out), "--k", "3"]
@@ -103,17 +93,15 @@ def test_validation_reports_avg_and_pass(monkeypatch, problems, make_config):
 
 def test_every_problem_once_an_epoch_and_new_draws_a_step(run, tmp_path, problems, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", seeded := Mock(wraps=torch.manual_seed))
-    texts, orders = [p.statement for p in problems], []
-    for name, seed in ("a", 0), ("b", 1), ("c", 1):
-        run(tmp_path / name, seed=seed, steps=6, condition="reference", eval_every=6)
-        order = [s["problem"]["statement"] for s in read_lines(tmp_path / name / "samples.jsonl")]
+    texts, orders = {p.statement for p in problems}, []
+    for seed in 1, 2:
+        run(tmp_path / f"{seed}", seed=seed, steps=6, condition="reference", eval_every=6)
+        order = [s["problem"]["statement"] for s in read_lines(tmp_path / f"{seed}/samples.jsonl")]
         assert len(order) == 18  # 6 steps of 3: two epochs of 8 and a bit
-        assert set(order[:8]) == set(order[8:16]) == set(texts) and order[:8] != order[8:16]
+        assert set(order[:8]) == set(order[8:16]) == texts and order[:8] != order[8:16]
         orders.append(order[:8])
-    assert texts != orders[0] != orders[1]
-    seeds = [call.args for call in seeded.mock_calls]  # 12 steps have their own, 6 validations 1
-    assert len(set(seeds)) >= 12 and seeds.count((1,)) == 6 + 1 + 2  # and step 1 of a, runs b and c
-    assert files_of(tmp_path / "b") == files_of(tmp_path / "c")  # the same seed, the same bytes
+    seeds = [call.args for call in seeded.mock_calls]  # the first run's adapters, 4 validations: 1
+    assert len(set(seeds)) == 12 + 2 and seeds.count((1,)) == 5 and orders[0] != orders[1]
 
 
 def test_the_optimizer_takes_the_rate_the_rank_and_no_weight_decay(run, tmp_path):
@@ -179,39 +167,28 @@ def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
 def test_what_the_base_does_with_the_prompt_is_said_with_what_to_change(run, tmp_path, capsys):
     run(tmp_path / "run", condition="grpo", steps=1)
     row = "base, [0-9]+ validation attempts: Avg 0.0, 0% have a closed <answer>, [1-9][0-9]*% "
-    row += "cut off at --max-new-tokens 12\n"
-    few, noise = (
-        "WARNING: .* raise --val-samples\n",
-        "WARNING: .*\n.* raise --max-.* change SOLVE.*\n",
-    )
-    assert re.search(f"{row}{few}{noise}WARNING: no attempt is right", run.said)
-    shares = {"reward": 0.1, "formatted": 0.5, "cut_off": 0.1}
-    for change, said in (
-        ({}, "change SOLVE"),
-        ({"formatted": 0.8, "cut_off": 0.3}, "a cut-off attempt"),
-    ):
-        sd.report_base(shares | change, 20, sd.parse_args([]))
+    row += "cut off at --max-new-tokens 12\nWARNING: .* raise --val-samples\n"
+    noise = "WARNING: .*\n.* raise --max-.* change SOLVE.*\nWARNING: no attempt is right"
+    assert re.search(row + noise, run.said)
+    for formatted, cut_off, said in (0.5, 0.1, "change SOLVE"), (0.8, 0.3, "a cut-off attempt"):
+        shares = {"reward": 0.1, "formatted": formatted, "cut_off": cut_off}
+        sd.report_base(shares, 20, sd.parse_args([]))
         assert said in capsys.readouterr().out
-    sd.report_base(shares | {"formatted": 0.8}, 20, sd.parse_args([]))
+    sd.report_base({"reward": 0.1, "formatted": 0.8, "cut_off": 0.1}, 20, sd.parse_args([]))
     assert "WARNING" not in capsys.readouterr().out
 
 
 def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path, world):
     own = ["--model", "some/model", "--data", "all.jsonl"]
-    with pytest.raises(
-        critic.UserError, match=r"needs --critic --max-new-tokens .start from 300. --lr .start"
-    ):
+    with pytest.raises(UserError, match="--critic --max-new-tokens .start from 300. --lr .start"):
         sd.parse_args(own)
-    with pytest.raises(
-        critic.UserError, match=r"needs --data --lr .start from 2e-5.: the defaults are the toy's"
-    ):
+    with pytest.raises(UserError, match="needs --data --lr .start from 2e-5.: the defaults are"):
         sd.parse_args([*own[:2], "--condition", "grpo", "--max-new-tokens", "9"])
     assert sd.parse_args([*own, "--condition=grpo", "--lr=1", "--max-new-tokens=9"]).critic
     assert [sd.parse_args(["--condition", c]).lr for c in ("grpo", "critique")] == [5e-4, 4e-3]
     data = tmp_path / "data.jsonl"
-    row = {"solution": "5", "answer": "5"}
-    rows = [json.dumps(row | {"problem": f"How many of {n}?"}) for n in range(20)]
-    data.write_text("\n".join(rows))
+    row = '{"problem": "How many of %d?", "solution": "5", "answer": "5"}'
+    data.write_text("\n".join(row % n for n in range(20)))
     status, error = run(tmp_path / "run", data=data)
     assert status == 2 and "does not know these words, so pass another --model: How many" in error
     assert not (tmp_path / "run").exists()
@@ -244,13 +221,9 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert is_refused("was started with --steps 4, now 3", "--resume", "--steps", "3")
     assert is_refused("was started with --critic", "--resume", "--critic", "http://127.0.0.1/v1")
     template = Path(tiny_folder, "chat_template.jinja")
-    for file, old, new in (
-        (world / "train.jsonl", "8", "7"),
-        (Path(settings["critic"]), "8", "7"),
-        (template, "{", " {"),
-    ):
+    for file, old in (world / "train.jsonl", "8"), (Path(settings["critic"]), "8"), (template, "{"):
         content = file.read_text()
-        file.write_text(content.replace(old, new, 1))
+        file.write_text(content.replace(old, f" {old}", 1))
         assert is_refused("the model, data or rule has changed", "--resume")
         file.write_text(content)
     with FileLock(out / "lock"):
@@ -270,105 +243,33 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert sd.open_run(moved)[0].critic == "http://other/v1"
 
 
-def after_each_operation(act, patch=setattr):
-    """Calls act() after every operation on a file; opening one has emptied it."""
-
-    def guard(module, name):
-        function = getattr(module, name)
-
-        def call(*args, **kwargs):
-            result = function(*args, **kwargs)
-            if name != "open" or "w" in str(args[1:]):
-                act()
-            return result
-
-        patch(module, name, call)
-
-    files = (builtins, "open"), (io, "open"), (os, "fsync"), (os, "replace"), (sd, "save_merged")
-    for module, name in files:
-        guard(module, name)
-
-
-def die_in(seconds):
-    """Ends this process, as a kill does, after so much of the processor's time in training."""
-
-    def load_and_set_the_clock(*args):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        return add_adapters(*args)
-
-    add_adapters, sd.add_adapters = sd.add_adapters, load_and_set_the_clock
-
-
-def child(n, seconds, argv):
-    sys.modules["eval"] = Mock()  # the test that follows
-    sd.tqdm.set_lock(threading.RLock())  # a killed child would keep one that is shared
-    operations = itertools.count(1)
-    after_each_operation(lambda: next(operations) == n and os.kill(os.getpid(), signal.SIGKILL))
-    if seconds:
-        die_in(seconds)
-    if "--condition=grpo" in argv:
-        sd.is_correct = reward_some
-    sd.main(argv)
-
-
-def exit_code(out, argv, n=0, seconds=0):
-    """Of a run, new or resumed, in a process that has not used autograd before.
-
-    It is killed after its n-th operation on a file, or after so many seconds of training.
-    """
-    resume = ["--resume"] if (out / "last.pt").exists() else []
-    process = FORKS.Process(target=child, args=(n, seconds, [*argv, "--out", str(out), *resume]))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def test_a_run_that_is_killed_ends_as_if_nothing_had_been(run, small, tmp_path):
-    settings = small | {"condition": "critique", "lr": 0.05, "steps": 2, "eval_every": 1}
-    assert run(tmp_path / "whole", **settings)[0] == 0
-    # With the second checkpoint empty, with the third not in place, within the logs after it.
-    for n in 7, 14, 17:
-        out = tmp_path / f"killed-{n}"
-        assert exit_code(out, flags(settings), n) == -signal.SIGKILL
-        assert exit_code(out, flags(settings)) == 0
-        assert files_of(out) == files_of(tmp_path / "whole")
-
-
-@pytest.mark.slow
 def test_a_run_killed_after_any_operation_on_a_file(run, small, tmp_path, monkeypatch):
     """A kill leaves what the folder holds at that moment, so a copy of it stands for the kill."""
     whole, copies = tmp_path / "whole", []
     monkeypatch.setattr(sd, "is_correct", reward_some)  # so that a checkpoint beats the base
 
-    def copy():
-        copies.append(tmp_path / f"killed-{len(copies)}")
-        subprocess.run(["cp", "-r", whole, copies[-1]], check=True)
+    def copy_after(module, name):
+        function = getattr(module, name)
 
-    settings = {"condition": "critique", "group_size": 3, "lr": 0.05}
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            if name != "open" or "w" in str(args[1:]):  # opening it has emptied it
+                copies.append(tmp_path / f"killed-{len(copies)}")
+                subprocess.run(["cp", "-r", whole, copies[-1]], check=True)
+            return result
+
+        patch.setattr(module, name, call)
+
+    settings = {"condition": "critique", "lr": 0.05, "steps": 2, "eval_every": 1}
     with monkeypatch.context() as patch:
-        after_each_operation(copy, patch.setattr)
+        for module, name in (builtins, "open"), (io, "open"), (os, "fsync"), (os, "replace"):
+            copy_after(module, name)
+        copy_after(sd, "save_merged")
         assert run(whole, **settings)[0] == 0
-    assert len(copies) > 25 and (whole / BEST).exists()
+    assert len(copies) > 15 and (whole / BEST).exists()
     for out in copies:
         resume = ["--resume"] if (out / "last.pt").exists() else []
         assert run(out, *resume, **settings)[0] == 0 and files_of(out) == files_of(whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("condition", ["grpo", "reference", "critique"])
-def test_a_run_killed_twenty_times_at_random(condition, run, small, tmp_path, monkeypatch):
-    if condition == "grpo":
-        monkeypatch.setattr(sd, "is_correct", reward_some)
-    settings = small | {"condition": condition, "steps": 40, "eval_every": 1}
-    began = time.process_time()
-    assert run(tmp_path / "whole", **settings)[0] == 0
-    step = (time.process_time() - began) / 40
-    out, rng = tmp_path / "killed", random.Random(0)
-    for _ in range(20):
-        code = exit_code(out, flags(settings), seconds=rng.uniform(0, 3 * step))
-        assert code == -signal.SIGPROF, "the run was too short"
-    assert 5 < len(read_lines(out / "metrics.jsonl")) < 40  # the kills were spread over the run
-    assert exit_code(out, flags(settings)) == 0 and files_of(out) == files_of(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------ bad input
@@ -377,7 +278,8 @@ BAD = {  # flags -> what is said
     "--lr nan": "--lr is nan",
     "--seed 9999999999": "--seed is 9999999999",
     "--condition grpo --group-size 1": "--group-size 1: grpo compares",
-    "--device abacus": "abacus",
+    "--device abacus": " on abacus: ",
+    "--model no/such/x": "cannot use the model no/such/x on cpu: no such folder",
     "--teacher-thinking": "no thinking mode",
     "--critic /no/such/rule.py": "/no/such/rule.py",
 }
@@ -390,10 +292,14 @@ def test_bad_input_is_said_without_a_traceback_and_leaves_nothing(more, run, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 half of one"])
-def test_a_foreign_folder_or_a_damaged_run_is_left_alone_in_one_line(content, run, tmp_path):
+DAMAGED = [b"", b"junk", b"PK\x03\x04 half of one", b"cos\nmkdir\n(S'ran'\ntR."]  # pickled code
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_foreign_folder_or_a_damaged_run_is_left_alone(content, run, tmp_path, monkeypatch):
     file = tmp_path / "last.pt"
     file.write_bytes(content)
+    monkeypatch.chdir(tmp_path)  # where code in a checkpoint would make a folder
     cases = {"is not empty": [tmp_path], "cannot resume": [tmp_path, "--resume"]}
     for said, arguments in (cases | {"Not a directory": [file]}).items():
         status, error = run(*arguments, condition="empty")
@@ -401,22 +307,10 @@ def test_a_foreign_folder_or_a_damaged_run_is_left_alone_in_one_line(content, ru
         assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def test_a_checkpoint_that_holds_code_is_refused(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"settings": Code()}, "last.pt")
-    status, error = run(tmp_path, "--resume")
-    assert status == 2 and "cannot resume" in error and not (tmp_path / "ran").exists()
-
-
 ERRORS = [  # an error, what is printed
     (RuntimeError("can't allocate memory:\n you tried"), "can't allocate memory: you tried"),
     (SafetensorError("incomplete metadata"), "incomplete metadata"),
-    (critic.UserError("a \x1b[2Jbad \u202eanswer\x07"), "a [2Jbad answer"),
+    (UserError("a \x1b[2Jbad \u202eanswer\x07"), "a [2Jbad answer"),
 ]
 
 
