@@ -282,7 +282,7 @@ def parse_critique(reply, rollout):
             walk.popitem()
         walk[step.name] = step
     if "answer" not in list(walk)[1:]:
-        return Critique(None, "no steps or no answer" if reply else "no reply", reply)
+        return Critique(None, "no steps or no answer" if reply else "the rule returned None", reply)
     if not is_correct(reply, rollout.problem.answer):
         return Critique(None, "wrong answer", reply)
     text = align(walk.values(), rollout.text)
@@ -304,7 +304,11 @@ def rule_critic(path):
         raise UserError(f"cannot get critique(problem, attempt) from {path}: {error!r}") from None
 
     def ask(rollouts, messages):
-        return [parse_critique(critique(r.problem, r.text), r) for r in rollouts]
+        replies = [critique(rollout.problem, rollout.text) for rollout in rollouts]
+        for reply in replies:
+            if not isinstance(reply, str | None):
+                raise UserError(f"{path}: critique() must return str or None, got {reply!r}")
+        return [parse_critique(*pair) for pair in zip(replies, rollouts, strict=True)]
 
     return ask
 

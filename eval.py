@@ -353,7 +353,8 @@ def example(column):
             tokens += f"<span {style}>{escape(token)}</span>"
         shown = escape(a.context or a.masked or "(nothing)")
         rows += f"<div class=c{n}><p>Attempt: {tokens}</p><p>Teacher sees: {shown}</p></div>"
-    title = f"{a.problem.statement} ({a.problem.answer}): {'right' if a.reward else 'wrong'}"
+    verdict = "right attempt" if a.reward else f"wrong attempt, right answer: {a.problem.answer}"
+    title = f"{a.problem.statement}: {verdict}"
     return f"<h3>{escape(title)}</h3>{rows}"
 
 
@@ -397,8 +398,8 @@ def page(rows, training, numbers, tables, examples):
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
-</p>{charts(rows, averages, contexts)}<p>In the colours of the bars. Left: a line for each seed. \
-Right: does a teacher that is right more often, with the context in its prompt, teach more? The \
+</p>{charts(rows, averages, contexts)}<p>In the colours of the bars. First: a line for each seed. \
+Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
 base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
 <p>{" ".join(key)}</p>{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.
 </p><h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the \

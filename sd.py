@@ -56,6 +56,7 @@ import inspect
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from argparse import SUPPRESS
@@ -519,7 +520,8 @@ def unknown_words(text, tokenizer):
 
 def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
-    tqdm.write(f"\nproblem: {paint(rollout.problem.statement)}, reward {rollout.reward:g}")
+    end = ", cut off" * rollout.cut_off
+    tqdm.write(f"\nproblem: {paint(rollout.problem.statement)}, reward {rollout.reward:g}{end}")
     if not rollout.context:  # nothing to mark: masked, or a condition without a context
         reason = f" (not trained on: {rollout.masked})" * bool(rollout.masked)
         wrote = f" The critic wrote: {rollout.feedback.reply}" * bool(rollout.feedback.reply)
@@ -528,8 +530,9 @@ def show(rollout, tokens, tokenizer):
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
     if rollout.critique:
-        steps, share = len(parse_steps(rollout.text)), f"{rollout.feedback.aligned:.0%}"
-        said = f"the critique repeats {share} of the attempt's {steps} steps before it changes one"
+        steps = len(parse_steps(rollout.text))
+        kept = round(steps * rollout.feedback.aligned)
+        said = f"the critique repeats the first {kept} of {steps} steps (the answer is one)"
         tqdm.write(f"aligned: {said if steps else 'no, the attempt has no steps in tags'}")
     if words := unknown_words(rollout.context, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
@@ -675,8 +678,11 @@ def open_run(argv):
     """Returns (settings, state) of a new run or, with --resume, of the last checkpoint in --out."""
     cfg = parse_args(argv)
     folder = Path(cfg.out)
-    if not cfg.resume:  # a run that was killed before its first checkpoint leaves these files
-        leftovers = ("lock", "last.pt.")
+    if not cfg.resume:
+        leftovers = ("lock", "last.pt.")  # of a run that was killed before its first checkpoint
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and re.fullmatch('{"step": 0, "val_avg".*\n', metrics.read_text()):
+            leftovers += ("config.json", "metrics", "samples", "last.pt")  # or its first step
         if folder.exists() and any(not f.name.startswith(leftovers) for f in folder.iterdir()):
             raise UserError(f"{folder} is not empty: pass --resume, delete it or change --out")
         return cfg, {"best_avg": -1.0, "best_step": 0, "metrics": [], "samples": []}
@@ -759,7 +765,8 @@ def prepare(cfg, run):
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
     identity = repr((model.fingerprint, problems, rule))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
-        raise UserError(f"cannot resume {cfg.out}: the model, data or rule has changed")
+        said = "the model, data or rule has changed: delete it or change --out"
+        raise UserError(f"cannot resume {cfg.out}: {said}")
     return problems, model, tokenizer
 
 
@@ -778,6 +785,8 @@ def run_folder(cfg, run, model, tokenizer, adapters, optimizer):
         yield bar
         last = f"last: step {cfg.steps} ({run['metrics'][-1]['val_avg']:.1f})"
         tqdm.write(f"validation Avg, best: step {run['best_step']} ({run['best_avg']:.1f}), {last}")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; to go on: --out {cfg.out} --resume") from None
     finally:
         bar.close()
         lock.release()

@@ -149,7 +149,7 @@ def test_a_critique_is_the_last_walk_to_the_right_answer():
         f"{WALK} <think> Or else {tagged('xx')}?",
     ]:
         assert parse(reply, WALK).text == WALK, reply
-    assert parse(None) == Critique(None, "no reply")
+    assert parse(None) == Critique(None, "the rule returned None")
     for bad in f"{WALK}</think>", "<step_1>a</step_1>", "<answer>9</answer>", f"<think>{WALK}":
         assert parse(bad) == Critique(None, "no steps or no answer", bad)
     assert parse(tagged("ab", "8")) == Critique(None, "wrong answer", tagged("ab", "8"))
@@ -273,7 +273,10 @@ def test_a_rule_from_a_file(tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text(f"def critique(problem, attempt):\n    return {WALK!r} if attempt else None\n")
     answers = critic.rule_critic(rule)([ROLLOUT, replace(ROLLOUT, text="")], ["", ""])
-    assert [(a.text, a.failure) for a in answers] == [(WALK, ""), (None, "no reply")]
+    assert [(a.text, a.failure) for a in answers] == [(WALK, ""), (None, "the rule returned None")]
+    rule.write_text("def critique(problem, attempt): return [attempt]")
+    with pytest.raises(UserError, match=r"rule.py: .* must return str or None, got \['"):
+        critic.rule_critic(rule)([ROLLOUT], [""])
     for text, said in ("", "KeyError"), ("def critique(:", "SyntaxError.*rule.py', 1, "):
         rule.write_text(text)
         with pytest.raises(UserError, match=rf"\(problem, attempt\) from .*rule.py: {said}"):
