@@ -56,7 +56,6 @@ import inspect
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from argparse import SUPPRESS
@@ -681,8 +680,9 @@ def open_run(argv):
     if not cfg.resume:
         leftovers = ("lock", "last.pt.")  # of a run that was killed before its first checkpoint
         metrics = folder / "metrics.jsonl"
-        if metrics.exists() and re.fullmatch('{"step": 0, "val_avg".*\n', metrics.read_text()):
-            leftovers += ("config.json", "metrics", "samples", "last.pt")  # or its first step
+        rows = metrics.read_text().splitlines() if metrics.exists() else []
+        if len(rows) == 1 and "val_avg" in rows[0]:  # of one that failed in its first step
+            leftovers += ("config.json", "metrics.jsonl", "samples.jsonl", "last.pt")
         if folder.exists() and any(not f.name.startswith(leftovers) for f in folder.iterdir()):
             raise UserError(f"{folder} is not empty: pass --resume, delete it or change --out")
         return cfg, {"best_avg": -1.0, "best_step": 0, "metrics": [], "samples": []}
