@@ -411,12 +411,12 @@ tap it, for the value.</p><nav>{switch}{told}</nav>{"".join(map(example, example
 
 # ================================================================================ command line
 def parse_args(argv):
-    parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__)
+    parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__.partition("Shapes")[0])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("subjects", nargs="*")
     parser.add_argument("--k", type=int, default=12)
     for name in ["advantages", "html", "json", *sd.Settings.__annotations__]:
-        parser.add_argument(f"--{name.replace('_', '-')}")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
