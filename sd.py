@@ -742,7 +742,8 @@ def prepare(cfg, run):
     rule = ""
     if cfg.critic.endswith(".py"):
         rule = Path(cfg.critic).read_text()
-        critic.rule_critic(cfg.critic)  # raises now, before the model is loaded
+        first = problems[0][0]  # a faulty rule raises now, before the model is loaded
+        critic.rule_critic(cfg.critic)([Rollout(first, [], [], first.solution, 1.0)], [""])
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     decoder = model.get_decoder()

@@ -300,6 +300,13 @@ def test_bad_input_is_said_without_a_traceback_and_leaves_nothing(more, run, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_faulty_rule_is_found_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sd, "load_model", None)
+    (tmp_path / "rule.py").write_text("def critique(problem, attempt):\n    return [attempt]\n")
+    status, error = run(tmp_path / "run", critic=tmp_path / "rule.py")
+    assert status == 2 and "rule.py: critique() must return str or None, got ['" in error
+
+
 DAMAGED = [b"", b"junk", b"PK\x03\x04 half of one", b"cos\nmkdir\n(S'ran'\ntR."]  # pickled code
 
 
