@@ -229,6 +229,7 @@ def test_only_what_changed_is_sampled_again(tiny, make_config, tmp_path, monkeyp
         for a in attempts:
             assert [a.prompt] == sd.encode_chats(tokenizer, [sd.solver_message(a.problem)])
             assert a.cut_off == (a.completion[-1] not in [1, *range(40, 60)])  # its end tokens
+            assert len(problems) == 1 or a.other_problem != a.problem
         return generate.call_count, [a.completion for a in attempts], [a.reward for a in attempts]
 
     first = sampled()

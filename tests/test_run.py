@@ -194,6 +194,17 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_the_first_sample_says_what_the_critique_keeps_and_if_it_was_cut_off(capsys):
+    steps = "<step_1>a</step_1> <step_2>{}</step_2> <answer>{}</answer>"
+    attempt, tokenizer = steps.format("b", 8), sd.AutoTokenizer.from_pretrained(sd.TOY)
+    rollout = sd.Rollout(critic.Problem("p", "s", "9"), [], [], attempt, 0.0, cut_off=True)
+    rollout.feedback = critic.parse_critique(steps.format("c", 9), rollout)
+    rollout.context = rollout.critique = rollout.feedback.text
+    sd.show(rollout, [], tokenizer)
+    said = capsys.readouterr().out
+    assert "reward 0, cut off\n" in said and "repeats the first 1 of 3 steps" in said
+
+
 # ------------------------------------------------------------------------ interrupted and killed
 def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     run, world, tiny_folder, tmp_path, scores, monkeypatch
