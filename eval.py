@@ -314,6 +314,12 @@ def bars(rows):
     return f"<dl>{text}</dl>"
 
 
+def legend(colours):
+    """{label: colour} as coloured labels."""
+    marks = [f'<b style="background:{fill}">{escape(name)}</b>' for name, fill in colours.items()]
+    return " ".join(marks)
+
+
 def chart(marks, last, x_label, y_label):
     """An SVG with y from 0 to 100 and x from 0 to last. The marks' x goes from 0 to 180."""
     return f"""<svg class=chart viewBox="0 0 430 250"><g text-anchor=end><text x=44 y=14>100</text>
@@ -384,7 +390,8 @@ def page(rows, training, numbers, tables, examples):
     fills = dict(zip(contexts["tokens"], ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
     for name, row in contexts.items():
         shares[name] = [(row[kind][0], fill) for kind, fill in fills.items() if kind in row]
-    key = [f'<b style="background:{fill}">{escape(kind[6:])}</b>' for kind, fill in fills.items()]
+    kinds = {kind.removeprefix("share "): fill for kind, fill in fills.items()}
+    colours = {label: colour(n) for n, label in enumerate(rows)}
     switch, rules, told = "", "", ""
     for n, name in enumerate(a.condition for a in examples[0]):
         about = sd.CONTEXTS[name].__doc__ or inspect.getsource(sd.CONTEXTS[name]).strip()
@@ -398,10 +405,10 @@ def page(rows, training, numbers, tables, examples):
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
-</p>{charts(rows, averages, contexts)}<p>In the colours of the bars. First: a line for each seed. \
+</p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}<p>First: a line for each seed. \
 Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
 base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
-<p>{" ".join(key)}</p>{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.
+<p>{legend(kinds)}</p>{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.
 </p><h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the \
 teacher sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
 π_student(token | problem), in nats: <em>change it (−5) … keep it (+5)</em>. Point at a token, or \
