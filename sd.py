@@ -7,28 +7,28 @@ route, so the teacher finds even right tokens unlikely, and loss is spent on wor
 is the attempt, corrected by a critic that knows the reference (a larger model; in our toy, a rule).
 Given it, the teacher finds only the error unlikely. This is the thesis of *The Role of Feedback
 Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy is sums of products. Its
-base, pretrained to write both routes and to use a solution in its prompt, is right in 11% of its
-attempts at 100 test problems. Critiques take it to 93%, references to 87%, and GRPO (a binary
-reward, no teacher, 8 attempts a problem) to 20% (3 seeds; rate and step are best on validation).
+base, pretrained to write both routes and to use a solution in its prompt (tests/toy/README.md), is
+right in 11% of its attempts at the test problems. Critiques take it to 93%, references to 87%, GRPO
+(a binary reward, no teacher, 8 attempts a problem, not 1) to 20% (3 seeds).
 
-Below, an attempt at 4*3+6*9+9*4 (tags cut) before training: only the prompts differ. A token y_t is
+Below, an attempt at 9*5+6*3+3*3 (tags cut) before training: only the prompts differ. A token y_t is
 followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if |A_t| >= 1.
 
-    reference:  product of 9 and 4 is 36, product of 6 and 9 is 54, sum of 36 and 54 is 90, ...
-    attempt     4[-1.8] * 3 = 12, 6[-1.8] * 9 = 54, sum[+2.0] of 12 and 54 is 66,
-                9[-1.9] * 4 = 28[-9.3], 66[-1.3] + 28 = 94, 94
+    reference:  product of 3 and 3 is 9, product of 6 and 3 is 18, sum of 9 and 18 is 27, ...
+    attempt     9[-1.6] * 5 = 45, 6[-1.7] * 3 = 18, sum[+2.1] of 45 and 18 is 63,
+                3[-1.7] * 3 = 21[-8.3], 63[-1.5] + 21 = 84, 84
 
-    critique:   4 * 3 = 12, 6 * 9 = 54, sum of 12 and 54 is 66, 9 * 4 = 36, 66 + 36 = 102, 102
-    attempt     4 * 3 = 12, 6 * 9 = 54, sum[+2.1] of 12 and 54 is 66, 9 * 4 = 28[-10.1],
-                66 + 28 = 94, 94
+    critique:   9 * 5 = 45, 6 * 3 = 18, sum of 45 and 18 is 63, 3 * 3 = 9, 63 + 9 = 72, 72
+    attempt     9 * 5 = 45, 6 * 3 = 18, sum[+2.3] of 45 and 18 is 63, 3 * 3 = 21[-10.5],
+                63 + 21 = 84, 84
 
-Both teachers find the error, 9 * 4 = 28, but with the reference the teacher wants every step to
-begin with `product` or `sum`. (94 follows from the error and is not marked: the base was pretrained
-to go on from its own values. `sum` is rare, one step in ten, and both contexts have it.) In 1,200
-attempts of the base, values that are wrong in their own step (28, not 94) are 4% of the tokens.
-They get 88% of |A_t| and of the loss with critiques, 60% with references. That this makes the gap
-between 93% and 87% is the thesis, not shown here. Against it: a 0.5B chat model has similar A_t,
-but GRPO trains it best (README.md). `python eval.py --advantages tests/toy --k 1` prints it all.
+Both teachers find the error, 3 * 3 = 21, but with the reference the teacher wants every step to
+begin with `product` or `sum`. (84 follows from the error and is not marked; the base was trained to
+go on from its own values. One step in ten begins with `sum`, and both contexts show it.) In 12
+attempts at each test problem, values that are wrong in their own step (21, not 84) are 4% of the
+tokens. They get 88% of |A_t| and of the loss with critiques, 60% of both with references. That this
+makes the gap of 6 points is the thesis, not shown here. On a chat model A_t is sharp too, but GRPO
+teaches most, references nothing (README.md). `python eval.py --advantages tests/toy` prints it.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
@@ -129,7 +129,7 @@ class Rollout:
     feedback: critic.Critique = critic.Critique(None)  # share of steps kept etc., or why it failed
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
-    masked: str = ""  # why the rollout is not trained on, if it is not
+    masked: str = ""  # why the whole rollout is left out of training; "": it is not
     advantages: list[float] = field(default_factory=list)  # A_t of each token; empty in grpo
 
 
@@ -165,7 +165,7 @@ CONTEXTS = {
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
     "omit": omit,
     "shuffled": shuffled,
-    "empty": lambda rollout: "",  # the student's prompt: loss stays 0 (without --teacher-thinking)
+    "empty": lambda rollout: "",  # the student's prompt: teacher = student, the loss stays 0
 }
 NO_CRITIC = {"grpo", "reference", "answer", "shuffled", "empty"}  # contexts that need no critique
 
@@ -198,14 +198,14 @@ def sample_rollouts(model, tokenizer, problems, group_size, cfg):
 
 # ================================================================================ 2. contexts
 def ask_critic(rollouts, ask):
-    """Sets critiques. ask(rollouts, messages) -> [Critique]; rules read rollouts, models text."""
+    """Sets critiques. ask: the critic. A rule reads the rollouts, a model the messages."""
     messages = [CRITICISE.format(**vars(r.problem), attempt=r.text) for r in rollouts]
     for rollout, critique in zip(rollouts, ask(rollouts, messages), strict=True):
         rollout.critique, rollout.feedback = critique.text, critique
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt or `masked`. thinking: template switch, on in the paper."""
+    """Sets context and teacher_prompt, or `masked`. thinking: the chat template's switch for it."""
     if rollout.critique is None and condition not in NO_CRITIC:
         rollout.masked = f"no critique: {rollout.feedback.failure}"
         return
@@ -320,7 +320,7 @@ def accumulate_gradients(model, rollouts, step_tokens, cfg):
         if cfg.condition == "grpo":  # −A_i log π_θ(y_t)
             losses = -A_i[here] * student.gather(-1, tokens[here, None])[:, 0]  # [n]
         else:  # KL(teacher ‖ student); A_t is logged, not trained on
-            teacher = log_probs(model, teacher_states[here], cfg.temperature)  # [n, V]
+            teacher = log_probs(model, teacher_states[here], cfg.temperature)  # [n, V], no LoRA
             losses = DIVERGENCES[cfg.divergence](student, teacher)  # [n]
             advantages += token_advantages(student, teacher, tokens[here]).tolist()
         (losses.sum() / step_tokens).backward()
@@ -378,7 +378,7 @@ def train(cfg, run):
     adapters = add_adapters(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = torch.optim.AdamW(adapters, lr=cfg.lr, weight_decay=0.0)
     batches = draw_batches(train_set, cfg)
-    with run_folder(cfg, run, model, tokenizer, adapters, optimizer) as bar:
+    with run_folder(cfg, run, model, tokenizer, adapters, optimizer) as bar:  # resumes, too
         for step in range(len(run["metrics"]), cfg.steps + 1):  # from the last checkpoint on
             row = {"step": step}
             run["metrics"].append(row)
@@ -468,8 +468,9 @@ def draw_batches(problems, cfg):
 def summarise(rollouts):
     """Means over the rollouts, {metric: number}; without critiques, those of critiques are missing.
 
-    formatted: share with a closed <answer>. cut_off: share that max_new_tokens ended. The last
-    three tell a corrected copy of the attempt from another solution: see Critique.
+    formatted: share with a closed <answer>. cut_off: share that max_new_tokens ended. aligned: part
+    of an attempt's steps that the critique keeps before its first change. dropped: part of the
+    critic's reply outside the critique. step_changed: share of corrections that change a step.
     """
     critiques = [r.feedback for r in rollouts if r.critique]
     corrections = [r.feedback for r in rollouts if r.critique and not r.reward]
@@ -773,27 +774,26 @@ def prepare(cfg, run):
 
 @contextmanager
 def run_folder(cfg, run, model, tokenizer, adapters, optimizer):
-    """Restores a checkpoint, locks the folder, and saves the best model however training ends."""
-    lock = FileLock(f"{cfg.out}/lock")  # of one process at a time; makes the folder, too
-    lock.acquire(timeout=0)
-    done = max(0, len(run["metrics"]) - 1)
-    if run["metrics"]:
-        adapters.load_state_dict(run["adapters"])
-        optimizer.load_state_dict(run["optimizer"])
-        write_logs(run, cfg)  # the files may be older or newer than the checkpoint
-    bar = tqdm(total=cfg.steps, initial=done, desc=cfg.condition)
-    try:
-        yield bar
-        last = f"last: step {cfg.steps} ({run['metrics'][-1]['val_avg']:.1f})"
-        tqdm.write(f"validation Avg, best: step {run['best_step']} ({run['best_avg']:.1f}), {last}")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; to go on: --out {cfg.out} --resume") from None
-    finally:
-        bar.close()
-        lock.release()
-        if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy
-            adapters.load_state_dict(run["best_adapters"])
-            save_merged(model, tokenizer, f"{cfg.out}/best")
+    """Locks the folder, restores a checkpoint, and saves the best model however training ends."""
+    with FileLock(f"{cfg.out}/lock", timeout=0):  # of one process at a time; makes the folder, too
+        done = max(0, len(run["metrics"]) - 1)
+        if run["metrics"]:
+            adapters.load_state_dict(run["adapters"])
+            optimizer.load_state_dict(run["optimizer"])
+            write_logs(run, cfg)  # the files may be older or newer than the checkpoint
+        bar = tqdm(total=cfg.steps, initial=done, desc=cfg.condition)
+        try:
+            yield bar
+            last = f"last: step {cfg.steps} ({run['metrics'][-1]['val_avg']:.1f})"
+            best = f"best: step {run['best_step']} ({run['best_avg']:.1f})"
+            tqdm.write(f"validation Avg, {best}, {last}")
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; to go on: --out {cfg.out} --resume") from None
+        finally:
+            bar.close()
+            if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy
+                adapters.load_state_dict(run["best_adapters"])
+                save_merged(model, tokenizer, f"{cfg.out}/best")
 
 
 # ================================================================================ flags
