@@ -9,7 +9,7 @@ Given it, the teacher finds only the error unlikely. This is the thesis of *The 
 Alignment in Self-Distillation* (Kara & Ersoy, arXiv 2606.11173). The toy is sums of products. Its
 base, pretrained to write both routes and to use a solution in its prompt (tests/toy/README.md), is
 right in 11% of its attempts at the test problems. Critiques take it to 93%, references to 87%, GRPO
-(a binary reward, no teacher, 8 attempts a problem, not 1) to 20% (3 seeds).
+(a binary reward, no teacher, 8 attempts a problem, where the others take 1) to 20%.
 
 Below, an attempt at 9*5+6*3+3*3 (tags cut) before training: only the prompts differ. A token y_t is
 followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in nats, if |A_t| >= 1.
@@ -22,13 +22,13 @@ followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in na
     attempt     9 * 5 = 45, 6 * 3 = 18, sum[+2.3] of 45 and 18 is 63, 3 * 3 = 21[-10.5],
                 63 + 21 = 84, 84
 
-Both teachers find the error, 3 * 3 = 21, but with the reference the teacher wants every step to
-begin with `product` or `sum`. (84 follows from the error and is not marked; the base was trained to
-go on from its own values. One step in ten begins with `sum`, and both contexts show it.) In 12
-attempts at each test problem, values that are wrong in their own step (21, not 84) are 4% of the
-tokens. They get 88% of |A_t| and of the loss with critiques, 60% of both with references. That this
-makes the gap of 6 points is the thesis, not shown here. On a chat model A_t is sharp too, but GRPO
-teaches most, references nothing (README.md). `python eval.py --advantages tests/toy` prints it.
+Both teachers find the error, 3 * 3 = 21, but with a reference the teacher wants steps to begin with
+`product` or `sum`. (84 is not marked: it follows from 21. `sum` is: the student begins one step in
+ten with it, and both contexts have it.) In 12 attempts at each test problem, values that are wrong
+in their own step (21, not 84) are 4% of the tokens. They get 88% of |A_t| and of the loss with
+critiques, 60% of both with references. That this makes the gap of 6 points is the thesis, not shown
+here. On a 0.5B chat model (base 18%) A_t is sharp too, but critiques reach 48 to 55%, GRPO 63 to
+76%, references do not help (README.md). `python eval.py --advantages tests/toy` prints it.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
@@ -40,7 +40,7 @@ teaches most, references nothing (README.md). `python eval.py --advantages tests
 A_t is a diagnostic, not trained on. In the policy gradient of reverse KL, KL(student_t ‖
 teacher_t), it would stand where A_i stands. Forward KL (the paper's, and ours) makes the student
 cover all that the teacher might write; reverse KL makes it drop what the teacher would not. Means
-are over all tokens of an update, as in DAPO; GRPO first took them per attempt. Left out: ratio
+are over all tokens of an update, as in DAPO; GRPO first averages each attempt. Left out: ratio
 clipping (ratios are 1 with one update per batch), a KL penalty, a learning-rate schedule.
 
 The lesson ends with `train`; loading, checkpoints and flags (`cfg`) follow. To read, on arXiv: GRPO
@@ -125,7 +125,7 @@ class Rollout:
     cut_off: bool = False  # max_new_tokens came before an end token
     other_problem: critic.Problem | None = None  # the next one of the batch, for `shuffled`
     group_advantage: float = 0.0  # A_i, used by grpo alone
-    critique: str | None = None  # the critic's corrected attempt; None: failed or not asked
+    critique: str | None = None  # the corrected attempt; None: unusable or not asked
     feedback: critic.Critique = critic.Critique(None)  # share of steps kept etc., or why it failed
     context: str | None = None  # what the teacher sees besides the problem
     teacher_prompt: list[int] | None = None  # its token ids
@@ -165,7 +165,7 @@ CONTEXTS = {
     "quote": lambda rollout: f"{rollout.text} {correction(rollout.text, rollout.critique)}",
     "omit": omit,
     "shuffled": shuffled,
-    "empty": lambda rollout: "",  # the student's prompt: teacher = student, the loss stays 0
+    "empty": lambda rollout: "",  # the student's prompt: A_t is 0, nothing to train on
 }
 NO_CRITIC = {"grpo", "reference", "answer", "shuffled", "empty"}  # contexts that need no critique
 
@@ -205,7 +205,7 @@ def ask_critic(rollouts, ask):
 
 
 def give_context(rollout, condition, tokenizer, thinking):
-    """Sets context and teacher_prompt, or `masked`. thinking: the chat template's switch for it."""
+    """Sets context and teacher_prompt, or `masked`. thinking: its template's thinking mode."""
     if rollout.critique is None and condition not in NO_CRITIC:
         rollout.masked = f"no critique: {rollout.feedback.failure}"
         return
@@ -466,7 +466,7 @@ def draw_batches(problems, cfg):
 
 # ================================================================================ what is printed
 def summarise(rollouts):
-    """Means over the rollouts, {metric: number}; without critiques, those of critiques are missing.
+    """Means over the rollouts, {metric: number}; measures without values are left out.
 
     formatted: share with a closed <answer>. cut_off: share that max_new_tokens ended. aligned: part
     of an attempt's steps that the critique keeps before its first change. dropped: part of the
@@ -631,7 +631,7 @@ def load_model(name, device, dtype):
         # A fresh config: the model's own may set top-k, top-p or penalties, which scoring ignores.
         model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[0])
         error = scoring_error(model, tokenizer, [first[-2:], second[-5:]])
-        # Rounding is at most 1e-4 in float32, about 0.1 in bfloat16; a wrong formula, over 0.01.
+        # A wrong formula is off by over 0.01. Rounding hides the smallest in bfloat16: up to 0.1.
         if not error < (1e-3 if dtype == "float32" else 0.3):  # or NaN
             raise UserError(f"we would score it wrongly: its log-probs differ by {error:.2g} nats")
     except Exception as error:  # the libraries raise many exception types
