@@ -539,7 +539,7 @@ def show(rollout, tokens, tokenizer):
 
 
 def log_rollouts(rollouts, run, tokenizer, cfg):
-    """Keeps three rollouts, wrong ones first, for samples.jsonl. Shows the first of the run."""
+    """Keeps three rollouts, wrong first, for samples.jsonl. Shows the run's first. Then checks."""
     for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
         tokens = token_texts(tokenizer, rollout.completion, rollout.text)
         if not run["samples"]:
