@@ -75,7 +75,8 @@ def describe_training(runs):
     text = ""
     for run in runs:
         size = f"{run.cfg.problems_per_step} x {run.cfg.group_size} rollouts, lr {run.cfg.lr:g}"
-        text += f"{run.name}: {max(run.curve)} steps of {size}; best step {run.best_step}\n"
+        best = run.best_step or "0, the base"
+        text += f"{run.name}: {max(run.curve)} steps of {size}; best step {best}\n"
     if len({max(run.curve) * run.cfg.problems_per_step for run in runs}) > 1:
         text += "WARNING: unequal budgets: the runs differ in the number of problems trained on\n"
     return text
@@ -278,11 +279,14 @@ def table(title, columns, rows, decimals=1):
 
 
 def pick_examples(readings):
-    """Three wrong attempts and a right one, each under all contexts. The latest error is first."""
+    """Wrong attempts at three problems and a right one, under all contexts. Latest error first."""
     columns = zip(*readings.values(), strict=True)
     columns = sorted(columns, key=lambda c: (not c[0].critique, -c[0].feedback.aligned))
-    right = [column for column in columns if column[0].reward]
-    return [column for column in columns if not column[0].reward][:3] + right[:1]
+    wrong = {}
+    for column in columns:
+        if not column[0].reward:
+            wrong.setdefault(column[0].problem, column)
+    return [*wrong.values()][:3] + [column for column in columns if column[0].reward][:1]
 
 
 def print_example(column):
@@ -302,7 +306,7 @@ def escape(text):
 
 
 def colour(n):
-    return f"hsl({20 + 277 * n} 75% {35 + 15 * (n % 3)}%)"
+    return f"hsl({20 + 277 * n} {75 * (n > 0)}% {35 + 15 * (n % 3)}%)"  # grey for the base
 
 
 def bars(rows):
@@ -374,6 +378,7 @@ p,code{white-space:pre-wrap;overflow-wrap:anywhere}
 b{color:#fff;padding:.3rem;display:inline-block}
 div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 1rem}
 div p{margin:0} nav{position:sticky;top:0;background:canvas;padding:.5rem 0}
+label{white-space:nowrap}
 summary{font-weight:bold}
 em{background:linear-gradient(90deg,var(--change),transparent,var(--keep))}
 [title]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
@@ -388,9 +393,11 @@ def page(rows, training, numbers, tables, examples):
         parts = [(low, "none"), (mean - low, colour(n)), (high - mean, colour(n))]
         scores[f"{label}: {mean:.1f}"] = parts
     fills = dict(zip(contexts["tokens"], ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
-    for name, row in contexts.items():
-        shares[name] = [(row[kind][0], fill) for kind, fill in fills.items() if kind in row]
     kinds = {kind.removeprefix("share "): fill for kind, fill in fills.items()}
+    error = "wrong value" if "wrong value" in kinds else "in wrong step"
+    for name, row in contexts.items():
+        label = f"{name}: {row[error][0]:+.1f}" if error in row else name
+        shares[label] = [(row[kind][0], fill) for kind, fill in fills.items() if kind in row]
     colours = {label: colour(n) for n, label in enumerate(rows)}
     switch, rules, told = "", "", ""
     for n, name in enumerate(a.condition for a in examples[0]):
@@ -400,17 +407,19 @@ def page(rows, training, numbers, tables, examples):
         rules += f":has(#r{n}:checked) .c{n}{{display:grid}}"
         told += f"<div class=c{n}><code>{escape(about)}</code></div>"
     return f"""<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width"><title>{escape(" ".join(sys.argv[1:]))}</title>
-<style>{STYLE}{rules}</style><h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy, \
+<meta name=viewport content="width=device-width">
+<title>Self-distillation: {escape(" ".join(sys.argv[1:]))}</title><style>{STYLE}{rules}</style>
+<h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy, \
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
 </p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}<p>First: a line for each seed. \
 Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
 base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
-<p>{legend(kinds)}</p>{bars(shares)}<p>tokens: share of all tokens. The rest is outside the steps.
-</p><h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the \
-teacher sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
+<p>{legend(kinds)}</p>{bars(shares)}<p>Beside the name: mean A_t, {error}, in nats (negative: \
+change it). tokens: shares of all tokens. The rest is outside the steps.</p>
+<h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
+sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
 π_student(token | problem), in nats: <em>change it (−5) … keep it (+5)</em>. Point at a token, or \
 tap it, for the value.</p><nav>{switch}{told}</nav>{"".join(map(example, examples))}
 <details><summary>Tables</summary><pre>{escape(tables)}</pre></details></html>"""
@@ -450,7 +459,7 @@ def score_contexts(subject, problems, cfg):
     text += table("share of |A_t| in wrong attempts, %", shares, tokens | numbers)
     text += table("teachers' answers; right attempts' tokens with A_t < -0.5; %", others, numbers)
     for name in unused(numbers):
-        text += f"{name}: the teacher is not better than without a context: it does not use it\n"
+        text += f"{name}: the teacher is right no more often than without a context\n"
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"
     return tokens | numbers, text, pick_examples(readings)
@@ -476,12 +485,13 @@ def main(argv):
     rows, training = rows_of(subjects), describe_training(runs)
     numbers, tables = {}, ""
     test = f"{cfg.k} attempts at each of {len(problems)} problems of {cfg.data}"
-    print(test, "by", *(rows or [scored.name]))
+    print("sampling", test, "by", *(rows or [scored.name]))
     if rows:
         scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
         numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
-        tables = table(f"{test} [95% interval; seeds: range]", names, numbers["scores"]) + training
+        title = f"{test} [95% interval over problems; seeds: range]"
+        tables = table(title, names, numbers["scores"]) + training
         print(tables)
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)

@@ -744,7 +744,9 @@ def prepare(cfg, run):
     if cfg.critic.endswith(".py"):
         rule = Path(cfg.critic).read_text()
         first = problems[0][0]  # a faulty rule raises now, before the model is loaded
-        critic.rule_critic(cfg.critic)([Rollout(first, [], [], first.solution, 1.0)], [""])
+        solved = Rollout(first, [], [], first.solution, 1.0)
+        if said := critic.rule_critic(cfg.critic)([solved], [""])[0].failure:
+            print(f"WARNING: {cfg.critic} fails on the first reference solution: {said}")
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
     decoder = model.get_decoder()
@@ -765,9 +767,11 @@ def prepare(cfg, run):
     longest = max(map(len, prompts)) + cfg.max_new_tokens
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
-    identity = repr((model.fingerprint, problems, rule))
+    context = CONTEXTS[cfg.condition]
+    texts = (SOLVE, HELP, CRITICISE, context and inspect.getsource(context))
+    identity = repr((model.fingerprint, problems, rule, texts))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
-        said = "the model, data or rule has changed: delete it or change --out"
+        said = "the model, data, rule, prompts or context has changed: delete it or change --out"
         raise UserError(f"cannot resume {cfg.out}: {said}")
     return problems, model, tokenizer
 
@@ -788,7 +792,8 @@ def run_folder(cfg, run, model, tokenizer, adapters, optimizer):
             best = f"best: step {run['best_step']} ({run['best_avg']:.1f})"
             tqdm.write(f"validation Avg, {best}, {last}")
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; to go on: --out {cfg.out} --resume") from None
+            again = f"python sd.py --out {cfg.out} --resume"
+            raise KeyboardInterrupt(f"interrupted; to go on: {again}") from None
         finally:
             bar.close()
             if run["best_step"] > 0:  # at step 0 it is the base, which needs no copy

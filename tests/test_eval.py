@@ -73,10 +73,8 @@ def test_rows_of_the_table(make_config):
     assert shown["x"][0] == 53 and shown["x, 2 seeds"] == [53, 51, 55]
     assert shown["x − base"] == pytest.approx([3, 3, 3]) and shown["w"] == shown["base"]
     said = ev.describe_training(runs)
-    assert (
-        said.startswith("x: 5 steps of 3 x 1 rollouts, lr 0.004; best step 5\ny: ")
-        and "WARN" not in said
-    )
+    assert said.startswith("x: 5 steps of 3 x 1 rollouts, lr 0.004; best step 5\ny: ")
+    assert "best step 0, the base\n" in said and "WARN" not in said
     curves[2][7] = 0.0
     assert "WARNING: unequal budgets" in ev.describe_training(runs)
     contexts = {"critique": {"teacher right": [70.0]}, "empty": {"teacher right": [20.0]}}
@@ -196,15 +194,16 @@ def test_quantities_by_hand():
 
 
 def test_the_example_is_the_wrong_attempt_with_the_latest_error(capsys):
-    def column(text, aligned, **more):
+    def column(text, aligned, statement, **more):
         feedback = critic.Critique(more.get("critique"), aligned=aligned)
         a = attempt_of(text, feedback=feedback, tokens=["6 + 7", " = 13", ""], **more)
         a.condition, a.advantages, a.context = "critique", [0.9, -1.5, 2.0], "seen\x1b[2J"
+        a.problem = replace(a.problem, statement=statement)
         return a, replace(a, condition="mine", advantages=[], context=None, masked="no teacher")
 
-    early, late, right = column(WRONG, 0.1), column(WRONG, 0.5), column(RIGHT, 1.0)
-    failed = column(WRONG, 0.0, critique=None)
-    readings = dict(enumerate(zip(failed, right, early, late, right, strict=True)))
+    early, late, again = column(WRONG, 0.1, "a"), column(WRONG, 0.5, "b"), column(WRONG, 0.4, "b")
+    failed, right = column(WRONG, 0.0, "c", critique=None), column(RIGHT, 1.0, "b")
+    readings = dict(enumerate(zip(failed, right, early, again, late, right, strict=True)))
     assert ev.pick_examples(readings) == [late, early, failed, right]
     ev.print_example(late)
     *_, shown, seen, nothing, why = capsys.readouterr().out.splitlines()
@@ -330,10 +329,11 @@ def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
     assert contexts["silent"] == {} and re.search(r"silent( +–){4}\n", said)
     assert "critic_failed 0.00, aligned 0.33" in said
-    assert "quote: the teacher is not better" in said
+    assert "quote: the teacher is right no more often than without" in said
     accuracy = {"a": [5, 1, 9], "empty": [4, 2, 5], "b": [5.1, 0, 9]}
     right = {name: {"teacher right": interval} for name, interval in accuracy.items()}
     assert ev.unused(right | {"silent": {}}) == ["a"]
+    assert re.search(r"<dt>critique: [+-]\d.*<dt>mine", page) and '%)">runs/c</b>' in page
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
     own = ["--max-new-tokens", "9", "--critic", str(TOY / "scribe.py")]
     ev.main(["--advantages", "runs/c/best", *argv[:4], *own])  # a plain model

@@ -219,7 +219,7 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     monkeypatch.setattr(sd, "train_step", step)
     scores[:] = [0, 5]
     status, error = run(out, **settings)
-    assert status == 2 and f"interrupted; to go on: --out {out} --resume" in error
+    assert status == 2 and f"to go on: python sd.py --out {out} --resume" in error
     assert [m["step"] for m in read_lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
     assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
 
@@ -235,8 +235,11 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     for file, old in (world / "train.jsonl", "8"), (Path(settings["critic"]), "8"), (template, "{"):
         content = file.read_text()
         file.write_text(content.replace(old, f" {old}", 1))
-        assert is_refused("the model, data or rule has changed", "--resume")
+        assert is_refused("the model, data, rule, prompts or context has changed", "--resume")
         file.write_text(content)
+    with monkeypatch.context() as patch:
+        patch.setitem(sd.CONTEXTS, "reference", lambda rollout: "")
+        assert is_refused("prompts or context has changed", "--resume")
     with FileLock(out / "lock"):
         assert is_refused("lock", "--resume")
     step.side_effect = None
