@@ -495,8 +495,8 @@ def main(argv):
         print(tables)
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
-        print(text)
         print_example(examples[0])
+        print(text)
         write(args.html, page(rows, training, numbers, tables + text, examples))
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
 
