@@ -148,6 +148,7 @@ def test_a_run_that_trains_on_nothing_stops_and_says_why(condition, run, tmp_pat
     status, error = run(tmp_path / "run", **settings)
     assert status == 2 and re.search(f"nothing to train on in 4 steps: {reason}", error)
     assert re.search(f"step 1 trained on nothing: {reason}", run.said)
+    assert "fails on the first reference solution: no steps or no answer" in run.said
     assert "in 6 steps" in run(tmp_path / "long", steps=9, **settings)[1]  # 18 are no accident
 
 
