@@ -540,12 +540,14 @@ def show(rollout, tokens, tokenizer):
 
 def log_rollouts(rollouts, run, tokenizer, cfg):
     """Keeps three rollouts, wrong first, for samples.jsonl. Shows the run's first. Then checks."""
+    row = run["metrics"][-1]
     for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
         tokens = token_texts(tokenizer, rollout.completion, rollout.text)
         if not run["samples"]:
             show(rollout, tokens, tokenizer)
-        step = run["metrics"][-1]["step"]
-        run["samples"].append({"step": step, "tokens": tokens} | asdict(rollout))
+        run["samples"].append({"step": row["step"], "tokens": tokens} | asdict(rollout))
+    if row["step"] == 1 and row.get("aligned", 1.0) < 0.1:
+        tqdm.write("WARNING: critiques keep almost no step of the attempts: they act as references")
     check_trained(rollouts, run["metrics"][1:], cfg)
 
 

@@ -204,6 +204,10 @@ def test_the_first_sample_says_what_the_critique_keeps_and_if_it_was_cut_off(cap
     sd.show(rollout, [], tokenizer)
     said = capsys.readouterr().out
     assert "reward 0, cut off\n" in said and "repeats the first 1 of 3 steps" in said
+    for aligned in 0.05, 0.5:
+        row = {"step": 1, "aligned": aligned, "grad_norm": 1.0}
+        sd.log_rollouts([], {"metrics": [{}, row], "samples": []}, tokenizer, None)
+        assert ("act as references" in capsys.readouterr().out) == (aligned < 0.1)
 
 
 # ------------------------------------------------------------------------ interrupted and killed
