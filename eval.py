@@ -16,6 +16,7 @@ import html
 import inspect
 import json
 import math
+import re
 import runpy
 import shlex
 import sys
@@ -347,7 +348,7 @@ def charts(rows, averages, contexts):
         context = contexts.get(runs[0].cfg.condition if runs[0].cfg else "empty")
         if context:
             x, y = 1.8 * context["teacher right"][0], averages[label][0]
-            points += f'<circle cx={x:.1f} cy={y:.1f} r=3 fill="{colour(n)}">{name}</circle>'
+            points += f'<circle cx={x:.1f} cy={y:.1f} r=2 fill="{colour(n)}">{name}</circle>'
     curves = chart(lines, last, "training step", "validation Avg, %")
     return curves + chart(points, 100, "teacher right, %", "test Avg, %")
 
@@ -356,12 +357,17 @@ def example(column):
     """An attempt under each context, tokens coloured by A_t. A switch shows one at a time."""
     rows = ""
     for n, a in enumerate(column):
-        tokens = ""
+        tokens, text = "", ""
+        starts = {step.start for step in parse_steps(a.text)}  # each on a line of its own
         for token, value in zip(a.tokens, a.advantages, strict=False):
             hue = "keep" if value > 0 else "change"
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{hue})"'
+            begins = starts & {*range(len(text), len(text) + len(token))}
+            tokens += "\n" * (begins != set() and text[-1:] not in ("", "\n"))
             tokens += f"<span {style}>{escape(token)}</span>"
-        shown = escape(a.context or a.masked or "(nothing)")
+            text += token
+        shown = a.context or a.masked or "(nothing)"
+        shown = escape(re.sub("> *(?=<(?:step_|answer))", ">\n", shown))
         rows += f"<div class=c{n}><p>Attempt: {tokens}</p><p>Teacher sees: {shown}</p></div>"
     verdict = "right attempt" if a.reward else f"wrong attempt, right answer: {a.problem.answer}"
     title = f"{a.problem.statement}: {verdict}"
@@ -396,7 +402,7 @@ def page(rows, training, numbers, tables, examples):
     kinds = {kind.removeprefix("share "): fill for kind, fill in fills.items()}
     error = "wrong value" if "wrong value" in kinds else "in wrong step"
     for name, row in contexts.items():
-        label = f"{name}: {row[error][0]:+.1f}" if error in row else name
+        label = f"{name}, A_t {row[error][0]:+.1f}" if error in row else name
         shares[label] = [(row[kind][0], fill) for kind, fill in fills.items() if kind in row]
     colours = {label: colour(n) for n, label in enumerate(rows)}
     switch, rules, told = "", "", ""
@@ -411,13 +417,14 @@ def page(rows, training, numbers, tables, examples):
 <title>Self-distillation: {escape(" ".join(sys.argv[1:]))}</title><style>{STYLE}{rules}</style>
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy, \
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
+A student writes an attempt. Its teacher, the same model before training, also sees a context.
 Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
 </p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}<p>First: a line for each seed. \
 Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
 base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
-<p>{legend(kinds)}</p>{bars(shares)}<p>Beside the name: mean A_t, {error}, in nats (negative: \
-change it). tokens: shares of all tokens. The rest is outside the steps.</p>
+<p>{legend(kinds)}</p>{bars(shares)}<p>A_t: mean, {error}, in nats (negative: change it). \
+tokens: shares of all tokens. The rest is outside the steps.</p>
 <h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
 sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
 π_student(token | problem), in nats: <em>change it (−5) … keep it (+5)</em>. Point at a token, or \
@@ -459,7 +466,7 @@ def score_contexts(subject, problems, cfg):
     text += table("share of |A_t| in wrong attempts, %", shares, tokens | numbers)
     text += table("teachers' answers; right attempts' tokens with A_t < -0.5; %", others, numbers)
     for name in unused(numbers):
-        text += f"{name}: the teacher is right no more often than without a context\n"
+        text += f"context {name}: the teacher is right no more often than without a context\n"
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"
     return tokens | numbers, text, pick_examples(readings)
@@ -495,9 +502,12 @@ def main(argv):
         print(tables)
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
-        print_example(examples[0])
-        print(text)
         write(args.html, page(rows, training, numbers, tables + text, examples))
+        if args.html:
+            print(f"advantages: see {args.html}")
+        else:
+            print_example(examples[0])
+            print(text)
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
 
 

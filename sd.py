@@ -529,7 +529,7 @@ def show(rollout, tokens, tokenizer):
     tqdm.write(f"attempt: {''.join(map(paint, tokens, rollout.advantages))}")
     tqdm.write(f"marked if |A_t| >= 1 nat: {paint('change it', -1)}, {paint('keep it', 1)}")
     tqdm.write(f"teacher sees: {paint(rollout.context)}")
-    if rollout.critique:
+    if rollout.critique == rollout.context:
         steps = len(parse_steps(rollout.text))
         kept = round(steps * rollout.feedback.aligned)
         said = f"the critique repeats the first {kept} of {steps} steps (the answer is one)"
@@ -742,12 +742,13 @@ def save_merged(model, tokenizer, folder):
 def prepare(cfg, run):
     """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
-    rule = ""
+    first, rule = problems[0][0], ""
+    # A faulty rule or context raises now, not after the base's validation.
+    solved = Rollout(first, [], [], first.solution, 1.0)
     if cfg.critic.endswith(".py"):
         rule = Path(cfg.critic).read_text()
-        first = problems[0][0]  # a faulty rule raises now, before the model is loaded
-        solved = Rollout(first, [], [], first.solution, 1.0)
-        if said := critic.rule_critic(cfg.critic)([solved], [""])[0].failure:
+        ask_critic([solved], critic.rule_critic(cfg.critic))
+        if said := solved.feedback.failure:
             print(f"WARNING: {cfg.critic} fails on the first reference solution: {said}")
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
     model, tokenizer = load_model(cfg.model, cfg.device, cfg.dtype)
@@ -770,6 +771,8 @@ def prepare(cfg, run):
     if longest > tokenizer.model_max_length:
         raise UserError(f"the model has no room for a prompt and completion of {longest} tokens")
     context = CONTEXTS[cfg.condition]
+    if context:
+        give_context(solved, cfg.condition, tokenizer, cfg.teacher_thinking)
     texts = (SOLVE, HELP, CRITICISE, context and inspect.getsource(context))
     identity = repr((model.fingerprint, problems, rule, texts))
     if run.setdefault("identity", identity) != identity:  # a new run gets one
@@ -912,7 +915,8 @@ def main(argv):
             test += ["--k", str(cfg.test_samples), "--json", f"{cfg.out}/result.json"]
             if status := subprocess.call(test):
                 sys.exit(status)
-        print(f"{cfg.out}: {saved}. Next: python eval.py {cfg.out} --k 1 --html report.html")
+            saved += f". Next: python eval.py {cfg.out} --k 1 --html report.html"
+        print(f"{cfg.out}: {saved}")
 
 
 if __name__ == "__main__":

@@ -325,15 +325,18 @@ def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     contexts = numbers["contexts"]
     assert {"mine", "reference", "shuffled"} < set(contexts) and "omit" not in contexts
     assert contexts["empty"]["wrong value"][0] != 0  # the run is scored, not its base
+    assert "advantages: see p.html" in capsys.readouterr().out
+    ev.main(["runs/c", *argv[:4], "--advantages", "runs/c"])  # without a page
     said = capsys.readouterr().out
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
     assert contexts["silent"] == {} and re.search(r"silent( +–){4}\n", said)
     assert "critic_failed 0.00, aligned 0.33" in said
-    assert "quote: the teacher is right no more often than without" in said
+    assert "context quote: the teacher is right no more often than without" in said
     accuracy = {"a": [5, 1, 9], "empty": [4, 2, 5], "b": [5.1, 0, 9]}
     right = {name: {"teacher right": interval} for name, interval in accuracy.items()}
     assert ev.unused(right | {"silent": {}}) == ["a"]
-    assert re.search(r"<dt>critique: [+-]\d.*<dt>mine", page) and '%)">runs/c</b>' in page
+    assert "&lt;/step_1&gt;</span>\n<span" in page  # a line for each step
+    assert re.search(r"<dt>critique, A_t [+-]\d.*<dt>mine", page) and '%)">runs/c</b>' in page
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)
     own = ["--max-new-tokens", "9", "--critic", str(TOY / "scribe.py")]
     ev.main(["--advantages", "runs/c/best", *argv[:4], *own])  # a plain model

@@ -152,6 +152,12 @@ def test_a_run_that_trains_on_nothing_stops_and_says_why(condition, run, tmp_pat
     assert "in 6 steps" in run(tmp_path / "long", steps=9, **settings)[1]  # 18 are no accident
 
 
+def test_a_faulty_context_is_found_before_the_base_is_validated(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sd.CONTEXTS, "reference", lambda rollout: ["a"])
+    status, error = run(tmp_path / "run", condition="reference")
+    assert status == 2 and "must return str or None" in error and not (tmp_path / "run").exists()
+
+
 def test_a_step_without_a_critique_does_not_end_a_run(run, tmp_path):
     rule = tmp_path / "rule.py"
     lines = (sd.TOY / "scribe.py").read_text() + "\nright, calls = critique, []\n"
