@@ -358,7 +358,7 @@ def example(column):
     rows = ""
     for n, a in enumerate(column):
         tokens, text = "", ""
-        starts = {step.start for step in parse_steps(a.text)}  # each on a line of its own
+        starts = {step.start for step in parse_steps(a.text)}  # a new line before each step
         for token, value in zip(a.tokens, a.advantages, strict=False):
             hue = "keep" if value > 0 else "change"
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{hue})"'

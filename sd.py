@@ -25,10 +25,10 @@ followed by its advantage A_t = log teacher_t(y_t) − log student_t(y_t), in na
 Both teachers find the error, 3 * 3 = 21, but with a reference the teacher wants steps to begin with
 `product` or `sum`. (84 is not marked: it follows from 21. `sum` is: the student begins one step in
 ten with it, and both contexts have it.) In 12 attempts at each test problem, values that are wrong
-in their own step (21, not 84) are 4% of the tokens. They get 88% of |A_t| and of the loss with
-critiques, 60% of both with references. That this makes the gap of 6 points is the thesis, not shown
-here. On a 0.5B chat model (base 18%, τ = 1) A_t is sharp too, but critiques reach 48 to 55%, GRPO
-63 to 76%, references do not help (README.md). `python eval.py --advantages tests/toy` prints it.
+in their own step (21, not 84) are 4% of the tokens. They get 88% of |A_t| with critiques, 60% with
+references. That this makes the gap of 6 points is the thesis, not shown here. On a 0.5B chat model
+(base 18%, τ = 1) A_t is sharp too, but critiques reach 48 to 55%, GRPO 63 to 76%, references do not
+help (README.md). `python eval.py --advantages tests/toy` prints this attempt and the shares.
 
     problem x; attempt y ~ π_θ(· | x), no gradient through sampling; context c: reference, critique
     student_t = π_θ(· | x, y_<t)   teacher_t = π_0(· | x, c, y_<t), fixed   π = softmax(logits / τ)
