@@ -253,11 +253,13 @@ def analyse(readings, names, k):
     return numbers
 
 
-def unused(numbers):
-    """The contexts with which the teacher is right no more often than without one."""
+def name_unused(numbers):
+    """Names the contexts that the teacher does not use, if there are any."""
     right = {name: row["teacher right"] for name, row in numbers.items() if "teacher right" in row}
     chance = right.pop("empty", [-1])[-1]  # the upper end of the interval
-    return [name for name, interval in right.items() if interval[0] <= chance]
+    names = [name for name, interval in right.items() if interval[0] <= chance]
+    said = "The teacher is right no more often than without a context, if it is given: "
+    return said + ", ".join(names) if names else ""
 
 
 # ================================================================================ tables and page
@@ -348,7 +350,7 @@ def charts(rows, averages, contexts):
         context = contexts.get(runs[0].cfg.condition if runs[0].cfg else "empty")
         if context:
             x, y = 1.8 * context["teacher right"][0], averages[label][0]
-            points += f'<circle cx={x:.1f} cy={y:.1f} r=2 fill="{colour(n)}">{name}</circle>'
+            points += f'<circle cx={x:.1f} cy={y:.1f} r=2 fill="{colour(n)}" fill-opacity=.7>{name}</circle>'
     curves = chart(lines, last, "training step", "validation Avg, %")
     return curves + chart(points, 100, "teacher right, %", "test Avg, %")
 
@@ -424,7 +426,7 @@ Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
 Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
 base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
 <p>{legend(kinds)}</p>{bars(shares)}<p>A_t: mean, {error}, in nats (negative: change it). \
-tokens: shares of all tokens. The rest is outside the steps.</p>
+tokens: shares of all tokens. The rest is outside the steps. {escape(name_unused(contexts))}</p>
 <h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
 sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
 π_student(token | problem), in nats: <em>change it (−5) … keep it (+5)</em>. Point at a token, or \
@@ -465,8 +467,6 @@ def score_contexts(subject, problems, cfg):
     text = table(f"{subject.model}: A_t in wrong attempts, nats", kinds, numbers, decimals=2)
     text += table("share of |A_t| in wrong attempts, %", shares, tokens | numbers)
     text += table("teachers' answers; right attempts' tokens with A_t < -0.5; %", others, numbers)
-    for name in unused(numbers):
-        text += f"context {name}: the teacher is right no more often than without a context\n"
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"
     return tokens | numbers, text, pick_examples(readings)
@@ -508,6 +508,7 @@ def main(argv):
         else:
             print_example(examples[0])
             print(text)
+        print(name_unused(numbers["contexts"]))
     write(args.json, json.dumps(numbers, default=torch.Tensor.tolist))
 
 

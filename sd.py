@@ -346,8 +346,8 @@ def train_step(model, tokenizer, optimizer, problems, ask, cfg):
     trained = [r for r in rollouts if not r.masked]
     # A mean over all trained tokens of the step: the gradient does not depend on micro_batch.
     step_tokens = sum(len(r.completion) for r in trained)
-    loss, entropy = 0.0, 0.0
-    for start in range(0, len(trained), cfg.micro_batch):
+    loss, entropy, starts = 0.0, 0.0, range(0, len(trained), cfg.micro_batch)
+    for start in tqdm(starts, "scoring", leave=False, disable=None):
         batch = trained[start : start + cfg.micro_batch]
         share = accumulate_gradients(model, batch, step_tokens, cfg)
         loss, entropy = loss + share[0], entropy + share[1]
@@ -701,8 +701,6 @@ def open_run(argv):
         moved = name == "critic" and value.startswith("http") and now.startswith("http")
         if now != value and not (name in OVERRIDES or longer or moved):
             raise UserError(f"{folder} was started with --{flag} {value}, now {now}")
-    if len(run["metrics"]) > cfg.steps:
-        print(f"{folder} is finished: to go on, pass more --steps")
     cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
 
@@ -773,10 +771,12 @@ def prepare(cfg, run):
     context = CONTEXTS[cfg.condition]
     if context:
         give_context(solved, cfg.condition, tokenizer, cfg.teacher_thinking)
-    texts = (SOLVE, HELP, CRITICISE, context and inspect.getsource(context))
-    identity = repr((model.fingerprint, problems, rule, texts))
-    if run.setdefault("identity", identity) != identity:  # a new run gets one
-        said = "the model, data, rule, prompts or context has changed: delete it or change --out"
+    inputs = {"model": model.fingerprint, "data": repr(problems), "rule": rule}
+    inputs |= {"prompts": SOLVE + HELP + CRITICISE}
+    inputs |= {"context": context and inspect.getsource(context)}
+    before = run.setdefault("inputs", inputs)  # a new run gets them
+    if changed := [name for name, text in inputs.items() if text != before[name]]:
+        said = f"changed since its start: {', '.join(changed)}; undo it, or change --out"
         raise UserError(f"cannot resume {cfg.out}: {said}")
     return problems, model, tokenizer
 
@@ -790,6 +790,8 @@ def run_folder(cfg, run, model, tokenizer, adapters, optimizer):
             adapters.load_state_dict(run["adapters"])
             optimizer.load_state_dict(run["optimizer"])
             write_logs(run, cfg)  # the files may be older or newer than the checkpoint
+        if done == cfg.steps:
+            print(f"{cfg.out} is finished: to go on, pass more --steps")
         bar = tqdm(total=cfg.steps, initial=done, desc=cfg.condition)
         try:
             yield bar
@@ -894,7 +896,9 @@ def command_line(program):
     try:
         yield
     except (UserError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
-        text = " ".join(paint(str(error)).split())[:300] or "interrupted"
+        file = getattr(error, "filename", None)  # of an OSError; its text is [Errno 2] No such ...
+        said = f"{file}: {error.strerror}" if file else str(error)
+        text = " ".join(paint(said).split())[:300] or "interrupted"
         if isinstance(error, RuntimeError) and not ("allocate" in text or "out of memory" in text):
             raise  # a bug, unlike out of memory, which is a RuntimeError too
         print(f"\n{program}: {text}", file=sys.stderr)

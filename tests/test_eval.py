@@ -331,10 +331,11 @@ def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
     assert contexts["silent"] == {} and re.search(r"silent( +–){4}\n", said)
     assert "critic_failed 0.00, aligned 0.33" in said
-    assert "context quote: the teacher is right no more often than without" in said
+    assert "than without a context, if it is given: " in said and ", quote," in said
     accuracy = {"a": [5, 1, 9], "empty": [4, 2, 5], "b": [5.1, 0, 9]}
     right = {name: {"teacher right": interval} for name, interval in accuracy.items()}
-    assert ev.unused(right | {"silent": {}}) == ["a"]
+    assert ev.name_unused(right | {"silent": {}}).endswith(" given: a")
+    assert ev.name_unused({"empty": {}}) == ""
     assert "&lt;/step_1&gt;</span>\n<span" in page  # a line for each step
     assert re.search(r"<dt>critique, A_t [+-]\d.*<dt>mine", page) and '%)">runs/c</b>' in page
     assert "mine &amp; &lt;step_1&gt;" in page and not re.search("<script|<link|<img|src=", page)

@@ -243,14 +243,20 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     assert is_refused("was started with --steps 4, now 3", "--resume", "--steps", "3")
     assert is_refused("was started with --critic", "--resume", "--critic", "http://127.0.0.1/v1")
     template = Path(tiny_folder, "chat_template.jinja")
-    for file, old in (world / "train.jsonl", "8"), (Path(settings["critic"]), "8"), (template, "{"):
+    rule = Path(settings["critic"])
+    for file, old, part in (
+        (world / "train.jsonl", "8", "data"),
+        (rule, "8", "rule"),
+        (template, "{", "model"),
+    ):
         content = file.read_text()
         file.write_text(content.replace(old, f" {old}", 1))
-        assert is_refused("the model, data, rule, prompts or context has changed", "--resume")
+        assert is_refused(f"changed since its start: {part};", "--resume")
         file.write_text(content)
     with monkeypatch.context() as patch:
         patch.setitem(sd.CONTEXTS, "reference", lambda rollout: "")
-        assert is_refused("prompts or context has changed", "--resume")
+        patch.setattr(sd, "HELP", "Help:")
+        assert is_refused("changed since its start: prompts, context; undo", "--resume")
     with FileLock(out / "lock"):
         assert is_refused("lock", "--resume")
     step.side_effect = None
@@ -314,7 +320,7 @@ BAD = {  # flags -> what is said
     "--device abacus": " on abacus: ",
     "--model no/such/x": "cannot use the model no/such/x on cpu: no such folder",
     "--teacher-thinking": "no thinking mode",
-    "--critic /no/such/rule.py": "/no/such/rule.py",
+    "--critic /no/such/rule.py": "sd.py: /no/such/rule.py: No such file or directory",
 }
 
 
