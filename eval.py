@@ -420,11 +420,12 @@ def page(rows, training, numbers, tables, examples):
 <h1>Self-distillation from feedback</h1><p>After Kara &amp; Ersoy, \
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 A student writes an attempt. Its teacher, the same model before training, also sees a context.
-Made by <code>{escape(shlex.join(sys.argv))}</code>\n{escape(training)}</p>
+Made by <code>{escape(shlex.join(sys.argv))}</code></p>
 <h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
 </p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}<p>First: a line for each seed. \
 Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
-base has no context.</p><h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
+base has no context.\n{escape(training)}</p>
+<h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
 <p>{legend(kinds)}</p>{bars(shares)}<p>A_t: mean, {error}, in nats (negative: change it). \
 tokens: shares of all tokens. The rest is outside the steps. {escape(name_unused(contexts))}</p>
 <h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
