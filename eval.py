@@ -350,7 +350,7 @@ def charts(rows, averages, contexts):
         context = contexts.get(runs[0].cfg.condition if runs[0].cfg else "empty")
         if context:
             x, y = 1.8 * context["teacher right"][0], averages[label][0]
-            points += f'<circle cx={x:.1f} cy={y:.1f} r=2 fill="{colour(n)}" fill-opacity=.7>{name}</circle>'
+            points += f'<circle cx={x:.1f} cy={y:.1f} r=2 fill="{colour(n)}">{name}</circle>'
     curves = chart(lines, last, "training step", "validation Avg, %")
     return curves + chart(points, 100, "teacher right, %", "test Avg, %")
 
@@ -379,14 +379,14 @@ def example(column):
 STYLE = """:root{color-scheme:light dark;--change:light-dark(#e0600a,#f07a28)}
 :root{--keep:light-dark(#0072b2,#3aa0e8)} .chart{width:max(49%,min(100%,27rem));font-size:12px}
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
-polyline{stroke-width:1.25} h3{margin:1rem 0 0} text{fill:currentColor} pre{overflow-x:auto}
+polyline{stroke-width:1.25} circle{fill-opacity:.7} h3{margin:1rem 0 0} text{fill:currentColor}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem} dt{text-align:right}
 dd{margin:auto 0;display:flex;height:1rem;background:#8882} dd i+i{border-left:2px solid canvas}
 p,code{white-space:pre-wrap;overflow-wrap:anywhere}
 b{color:#fff;padding:.3rem;display:inline-block}
 div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 1rem}
 div p{margin:0} nav{position:sticky;top:0;background:canvas;padding:.5rem 0}
-label{white-space:nowrap}
+label{white-space:nowrap} pre{overflow-x:auto}
 summary{font-weight:bold}
 em{background:linear-gradient(90deg,var(--change),transparent,var(--keep))}
 [title]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
