@@ -5,9 +5,8 @@
     python eval.py runs/grpo runs/critique --html report.html   both, with learning curves
 
 A model folder or hub id may replace a run. Runs that differ only in their seed share a row.
-Intervals are 95% bootstraps over problems. Samples are cached in runs/.cache. --json FILE saves all
-numbers, --data FILE sets the test problems, --k (12) the samples per problem. sd.py's settings, as
---temperature, default to the first run's, --seed to 2. --html without --advantages has the base's.
+Intervals are 95% bootstraps over problems. Samples are cached in runs/.cache. All settings of sd.py
+are options, too, as --temperature; they default to the first run's, --seed to 2.
 Shapes: P problems, S seeds, Q quantities, T tokens of an attempt.
 """
 
@@ -192,7 +191,9 @@ def read_contexts(attempts, student, teacher, tokenizer, cfg):
     """{context: attempts with their advantages under it}, for all contexts but grpo's."""
     readings = {}
     own = [token_log_probs(student, a.prompt, a.completion, cfg) for a in attempts]
-    for name in filter(sd.CONTEXTS.get, sd.CONTEXTS):
+    for name, context in sd.CONTEXTS.items():
+        if not context or not (cfg.critic or name in sd.NO_CRITIC):
+            continue
         readings[name] = [replace(attempt, condition=name) for attempt in attempts]
         for attempt, student_log_probs in zip(readings[name], own, strict=True):
             sd.give_context(attempt, name, tokenizer, cfg.teacher_thinking)
@@ -361,16 +362,17 @@ def example(column):
     for n, a in enumerate(column):
         tokens, text = "", ""
         starts = {step.start for step in parse_steps(a.text)}  # a new line before each step
-        for token, value in zip(a.tokens, a.advantages, strict=False):
+        for token, value in zip(a.tokens, a.advantages or [0.0] * len(a.tokens), strict=True):
             hue = "keep" if value > 0 else "change"
             style = f'title="{value:+.2f}" style="--a:{abs(value):.3f};--hue:var(--{hue})"'
             begins = starts & {*range(len(text), len(text) + len(token))}
-            tokens += "\n" * (begins != set() and text[-1:] not in ("", "\n"))
-            tokens += f"<span {style}>{escape(token)}</span>"
+            if begins and text[-1:] not in ("", "\n"):
+                tokens += "\n"
+            tokens += f"<span {style}>{escape(token.lstrip(' ') if begins else token)}</span>"
             text += token
         shown = a.context or a.masked or "(nothing)"
         shown = escape(re.sub("> *(?=<(?:step_|answer))", ">\n", shown))
-        rows += f"<div class=c{n}><p>Attempt: {tokens}</p><p>Teacher sees: {shown}</p></div>"
+        rows += f"<div class=c{n}><p>Attempt:\n{tokens}</p><p>Teacher sees:\n{shown}</p></div>"
     verdict = "right attempt" if a.reward else f"wrong attempt, right answer: {a.problem.answer}"
     title = f"{a.problem.statement}: {verdict}"
     return f"<h3>{escape(title)}</h3>{rows}"
@@ -387,14 +389,14 @@ b{color:#fff;padding:.3rem;display:inline-block}
 div{display:none;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 1rem}
 div p{margin:0} nav{position:sticky;top:0;background:canvas;padding:.5rem 0}
 label{white-space:nowrap} pre{overflow-x:auto}
-summary{font-weight:bold}
+details{margin:1rem 0} summary{font-weight:bold}
 em{background:linear-gradient(90deg,var(--change),transparent,var(--keep))}
 [title]{background:color-mix(in srgb,var(--hue) calc(80% * sqrt(min(1,var(--a)/5))),transparent)}
 [title]:hover::after{content:attr(title);position:absolute;padding:0 .3rem;background:canvas;
 border:1px solid;transform:translateY(-1.6rem)}"""
 
 
-def page(rows, training, numbers, tables, examples):
+def page(rows, training, numbers, tables, examples, scored):
     contexts, scores, shares = numbers["contexts"], {}, {}
     averages = {label: next(iter(numbers["scores"][label].values())) for label in rows}
     for n, (label, (mean, low, high)) in enumerate(averages.items()):
@@ -403,14 +405,18 @@ def page(rows, training, numbers, tables, examples):
     fills = dict(zip(contexts["tokens"], ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
     kinds = {kind.removeprefix("share "): fill for kind, fill in fills.items()}
     error = "wrong value" if "wrong value" in kinds else "in wrong step"
-    for name, row in contexts.items():
+    whose = escape(f"attempts of {scored.name if scored.cfg else 'the base'}")
+    for name, row in contexts.items() if fills else []:
         label = f"{name}, A_t {row[error][0]:+.1f}" if error in row else name
         shares[label] = [(row[kind][0], fill) for kind, fill in fills.items() if kind in row]
     colours = {label: colour(n) for n, label in enumerate(rows)}
     switch, rules, told = "", "", ""
-    for n, name in enumerate(a.condition for a in examples[0]):
+    names = [a.condition for a in examples[0]]
+    trained = [run.cfg.condition for runs in rows.values() for run in runs if run.cfg]
+    first = next(name for name in [*trained[::-1], "critique", *names] if name in names)
+    for n, name in enumerate(names):
         about = sd.CONTEXTS[name].__doc__ or inspect.getsource(sd.CONTEXTS[name]).strip()
-        checked = " checked" * (name == "critique")
+        checked = " checked" * (name == first)
         switch += f"<label><input type=radio name=c id=r{n}{checked}>{escape(name)}</label> "
         rules += f":has(#r{n}:checked) .c{n}{{display:grid}}"
         told += f"<div class=c{n}><code>{escape(about)}</code></div>"
@@ -425,11 +431,12 @@ Made by <code>{escape(shlex.join(sys.argv))}</code></p>
 </p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}<p>First: a line for each seed. \
 Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
 base has no context.\n{escape(training)}</p>
-<h2>Where the advantage is: shares of |A_t| in wrong attempts</h2>
-<p>{legend(kinds)}</p>{bars(shares)}<p>A_t: mean, {error}, in nats (negative: change it). \
-tokens: shares of all tokens. The rest is outside the steps. {escape(name_unused(contexts))}</p>
-<h2>Attempts</h2><p>Wrong ones, the latest error first, and a right one, beside what the teacher \
-sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
+<h2>Where the advantage is: shares of |A_t| in wrong {whose}</h2>
+<p>{legend(kinds) or "Unknown: pass --critic."}</p>{bars(shares)}<p>A_t: mean, {error}, in nats \
+(negative: change it). tokens: shares of all tokens. The rest is outside the steps. \
+{escape(name_unused(contexts))}</p>
+<h2>Some {whose}</h2><p>Wrong ones, the latest error first, and a right one, beside what the \
+teacher sees. A token's colour is A_t = log π_teacher(token | problem, context) − log \
 π_student(token | problem), in nats: <em>change it (−5) … keep it (+5)</em>. Point at a token, or \
 tap it, for the value.</p><nav>{switch}{told}</nav>{"".join(map(example, examples))}
 <details><summary>Tables</summary><pre>{escape(tables)}</pre></details></html>"""
@@ -439,13 +446,21 @@ tap it, for the value.</p><nav>{switch}{told}</nav>{"".join(map(example, example
 def parse_args(argv):
     parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__.partition("Shapes")[0])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("subjects", nargs="*")
-    parser.add_argument("--k", type=int, default=12)
-    for name in ["advantages", "html", "json", *sd.Settings.__annotations__]:
-        parser.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
+    parser.add_argument("subjects", nargs="*", help="runs and models to compare")
+    parser.add_argument("--k", type=int, default=12, help="attempts at each problem [12]")
+    helps = dict.fromkeys(sd.Settings.__annotations__, argparse.SUPPRESS)
+    helps["data"] = "test problems: a JSONL file, or a folder with test.jsonl"
+    helps["advantages"] = "run or model whose attempts are scored under every context"
+    helps["html"] = "file for the page, with the base's attempts if without --advantages"
+    helps["json"] = "file for all numbers"
+    for name, text in helps.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", help=text)
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
+    for path in (args.html, args.json):
+        if path and Path(path).is_dir():
+            parser.error(f"{path} is a folder: choose a file's name")
     return args
 
 
@@ -454,8 +469,10 @@ def score_contexts(subject, problems, cfg):
     student, tokenizer = subject.load(cfg)
     teacher, _ = sd.load_model(subject.base, cfg.device, cfg.dtype)
     attempts = sample_attempts(student, tokenizer, problems, cfg)
-    sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer))
-    judge = runpy.run_path(cfg.critic).get("judge") if cfg.critic.endswith(".py") else None
+    judge = None
+    if cfg.critic:
+        sd.ask_critic(attempts, sd.open_critic(cfg, teacher, tokenizer))
+        judge = cfg.critic.endswith(".py") and runpy.run_path(cfg.critic).get("judge")
     for attempt in attempts:
         attempt.tokens = sd.token_texts(tokenizer, attempt.completion, attempt.text)
         attempt.kinds = token_kinds(attempt, judge)
@@ -484,26 +501,30 @@ def main(argv):
         raise UserError(f"cannot compare runs of different --model or --data: {', '.join(same)}")
     explained = args.advantages or args.html
     plain = {"model": scored.base, "condition": "critique" if explained else "grpo", "lr": 1.0}
-    first = next((vars(s.cfg) for s in [*runs, scored] if s.cfg), plain)
+    settings = [vars(s.cfg) for s in [*runs, scored] if s.cfg] or [plain]
+    first = max(settings, key=lambda values: bool(values.get("critic")))  # with a critic, if any
     given = {name: value for name, value in vars(args).items() if value is not None}
     cfg = sd.parse_args([], first | {"seed": 2} | given)
-    problems = critic.read_problems(args.data) if args.data else critic.load_problems(cfg.data)[2]
+    if args.data and Path(args.data).is_file():
+        problems = critic.read_problems(args.data)
+    else:
+        problems = critic.load_problems(cfg.data)[2]
     if not problems:
         raise UserError(f"{cfg.data} has no problems")
     rows, training = rows_of(subjects), describe_training(runs)
     numbers, tables = {}, ""
-    test = f"{cfg.k} attempts at each of {len(problems)} problems of {cfg.data}"
+    test = f"{len(problems)} problems of {cfg.data}, attempts at each: {cfg.k}"
     print("sampling", test, "by", *(rows or [scored.name]))
     if rows:
         scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
         numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
-        title = f"{test} [95% interval over problems; seeds: range]"
+        title = f"{test} [95% interval over problems; N seeds: lowest, highest]"
         tables = table(title, names, numbers["scores"]) + training
         print(tables)
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
-        write(args.html, page(rows, training, numbers, tables + text, examples))
+        write(args.html, page(rows, training, numbers, tables + text, examples, scored))
         if args.html:
             print(f"advantages: see {args.html}")
         else:

@@ -693,14 +693,16 @@ def open_run(argv):
         run = torch.load(folder / "last.pt", map_location=cfg.device, weights_only=True)
         saved = run["settings"]
     except Exception as error:  # torch raises many exception types
-        raise UserError(f"cannot resume {folder}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot resume {folder}/last.pt: {reason}") from None
     cfg = parse_args(argv, saved)  # a changed setting in argv is refused below
     for name, value in saved.items():
         flag, now = name.replace("_", "-"), getattr(cfg, name)
         longer = name == "steps" and now > value
-        moved = name == "critic" and value.startswith("http") and now.startswith("http")
+        moved = name == "critic" and "http" == f"{value}"[:4] == f"{now}"[:4]
         if now != value and not (name in OVERRIDES or longer or moved):
-            raise UserError(f"{folder} was started with --{flag} {value}, now {now}")
+            said = f"{folder} was started with --{flag} {value}, now {now}"
+            raise UserError(f"{said}: leave it out, or change --out")
     cfg.resume = False  # so that config.json equals that of an uninterrupted run
     return cfg, run
 
@@ -716,6 +718,8 @@ def write_logs(run, cfg):
 def save_checkpoint(adapters, optimizer, run, cfg):
     """Writes last.pt, and keeps the adapters if they are the best on validation so far."""
     row = run["metrics"][-1]
+    if row["step"] > 0:
+        tqdm.write(f"step {row['step']}: validation Avg {row['val_avg']:.1f}")
     if row["val_avg"] > run["best_avg"]:
         run |= {"best_avg": row["val_avg"], "best_step": row["step"]}
         run["best_adapters"] = {k: v.clone() for k, v in adapters.state_dict().items()}
@@ -741,11 +745,12 @@ def prepare(cfg, run):
     """Loads problems and model; checks that they fit each other and, on resume, the run."""
     problems = critic.load_problems(cfg.data)
     first, rule = problems[0][0], ""
-    # A faulty rule or context raises now, not after the base's validation.
+    # A faulty critic or context raises now, not after the base's validation.
     solved = Rollout(first, [], [], first.solution, 1.0)
-    if cfg.critic.endswith(".py"):
-        rule = Path(cfg.critic).read_text()
-        ask_critic([solved], critic.rule_critic(cfg.critic))
+    if cfg.condition not in NO_CRITIC and (cfg.critic.endswith(".py") or "://" in cfg.critic):
+        rule = "" if "://" in cfg.critic else Path(cfg.critic).read_text()
+        print(f"asking {cfg.critic} about the first reference solution", flush=True)
+        ask_critic([solved], open_critic(cfg, None, None))
         if said := solved.feedback.failure:
             print(f"WARNING: {cfg.critic} fails on the first reference solution: {said}")
     print(f"loading {cfg.model} on {cfg.device} in {cfg.dtype}", flush=True)
@@ -795,9 +800,6 @@ def run_folder(cfg, run, model, tokenizer, adapters, optimizer):
         bar = tqdm(total=cfg.steps, initial=done, desc=cfg.condition)
         try:
             yield bar
-            last = f"last: step {cfg.steps} ({run['metrics'][-1]['val_avg']:.1f})"
-            best = f"best: step {run['best_step']} ({run['best_avg']:.1f})"
-            tqdm.write(f"validation Avg, {best}, {last}")
         except KeyboardInterrupt:
             again = f"python sd.py --out {cfg.out} --resume"
             raise KeyboardInterrupt(f"interrupted; to go on: {again}") from None
@@ -860,7 +862,7 @@ def parse_args(argv, defaults=None):
     cfg = parser.parse_args(argv)
     fill_in(cfg)
     for name, value in vars(cfg).items():
-        least = 0 if name in ("seed", "test_samples") else 1e-12
+        least = 0 if name in ("seed", "test_samples") else 1 if type(value) is int else 1e-12
         if type(value) in (int, float) and not least <= value < 10**6:
             raise UserError(
                 f"--{name.replace('_', '-')} is {value}: must be at least {least:g} and below 10^6"
@@ -872,10 +874,11 @@ def fill_in(cfg):
     """Sets what depends on other settings. The toy's values are for the toy alone."""
     own = {"data": str(TOY), "critic": f"{TOY}/scribe.py", "max_new_tokens": 64}
     own["lr"] = 5e-4 if cfg.condition == "grpo" else 4e-3  # best on the toy's validation problems
-    if cfg.condition in NO_CRITIC:
-        cfg.critic = cfg.critic or own["critic"]
+    toy = Path(cfg.model).resolve() == TOY
+    if cfg.condition in NO_CRITIC and not toy:
+        del own["critic"]
     missing = [name for name in own if getattr(cfg, name) is None]
-    if missing and Path(cfg.model).resolve() != TOY:
+    if missing and not toy:
         start = {"max_new_tokens": " (start from 300)", "lr": " (start from 2e-5)"}
         flags = [f"--{name.replace('_', '-')}{start.get(name, '')}" for name in missing]
         raise UserError(f"--model {cfg.model} needs {' '.join(flags)}: the defaults are the toy's")
@@ -910,7 +913,8 @@ def main(argv):
         cfg, run = open_run(argv)
         print(f"condition {cfg.condition}, run {cfg.out}, flags:", *argv, flush=True)
         train(cfg, run)
-        saved = "best/ has the best weights" if run["best_step"] else "no step beat the base"
+        best = f"best/ has step {run['best_step']}, the best on validation"
+        saved = best if run["best_step"] else "no step beat the base on validation"
         if cfg.test_samples:  # eval.py in a new process: training's memory is free
             run.clear()
             gc.collect()

@@ -273,7 +273,7 @@ def test_what_a_model_wrote_cannot_change_the_page(make_config, monkeypatch):
         numbers = {"scores": {text: {"Avg": [1.0, 0.0, 2.0]}}, "contexts": {"tokens": {}, text: {}}}
         monkeypatch.setitem(sd.CONTEXTS, text, Mock(__doc__=text))
         rows = {text: [ev.Subject("", "", "", make_config(), {0: 1.0, 5: 2.0})]}
-        return ev.page(rows, text, numbers, text, [[a]])
+        return ev.page(rows, text, numbers, text, [[a]], ev.Subject(text, "", "", 1))
 
     hostile = ["<script>alert(1)</script>", '"\' onload=x "', "</p></pre></style>", "&lt;b>&#60;b>"]
     hostile += ["\x00\x1b[31m", "\u202egnp.exe\u2066\u200f", "<!-- <![CDATA[", "{0} %s", "\ud800"]

@@ -148,7 +148,8 @@ def test_a_run_that_trains_on_nothing_stops_and_says_why(condition, run, tmp_pat
     status, error = run(tmp_path / "run", **settings)
     assert status == 2 and re.search(f"nothing to train on in 4 steps: {reason}", error)
     assert re.search(f"step 1 trained on nothing: {reason}", run.said)
-    assert "fails on the first reference solution: no steps or no answer" in run.said
+    warned = "fails on the first reference solution: no steps or no answer" in run.said
+    assert warned == (condition == "critique")  # the only one of them that asks the critic
     assert "in 6 steps" in run(tmp_path / "long", steps=9, **settings)[1]  # 18 are no accident
 
 
@@ -191,7 +192,7 @@ def test_the_toy_and_a_model_of_ones_own_keep_their_defaults_apart(run, tmp_path
         sd.parse_args(own)
     with pytest.raises(UserError, match="needs --data --lr .start from 2e-5.: the defaults are"):
         sd.parse_args([*own[:2], "--condition", "grpo", "--max-new-tokens", "9"])
-    assert sd.parse_args([*own, "--condition=grpo", "--lr=1", "--max-new-tokens=9"]).critic
+    assert sd.parse_args([*own, "--condition=grpo", "--lr=1", "--max-new-tokens=9"]).critic is None
     assert [sd.parse_args(["--condition", c]).lr for c in ("grpo", "critique")] == [5e-4, 4e-3]
     data = tmp_path / "data.jsonl"
     row = '{"problem": "How many of %d?", "solution": "5", "answer": "5"}'
@@ -221,7 +222,7 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
     run, world, tiny_folder, tmp_path, scores, monkeypatch
 ):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = {"condition": "reference", "lr": 0.05, "micro_batch": 2}
+    settings = {"condition": "critique", "lr": 0.05, "micro_batch": 2}
     settings["critic"] = str(shutil.copy(sd.TOY / "scribe.py", tmp_path))
     scores[:] = [0, 5, 3]
     run(whole, **settings)
@@ -254,7 +255,7 @@ def test_ctrl_c_leaves_the_best_model_and_resume_ends_as_if_nothing_had_been(
         assert is_refused(f"changed since its start: {part};", "--resume")
         file.write_text(content)
     with monkeypatch.context() as patch:
-        patch.setitem(sd.CONTEXTS, "reference", lambda rollout: "")
+        patch.setitem(sd.CONTEXTS, "critique", lambda rollout: "")
         patch.setattr(sd, "HELP", "Help:")
         assert is_refused("changed since its start: prompts, context; undo", "--resume")
     with FileLock(out / "lock"):
