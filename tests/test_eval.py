@@ -364,6 +364,11 @@ def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, mon
     ev.score_contexts(subject, problems, cfg)
     assert [call.args[2] for call in load.call_args_list] == ["bfloat16"] * 2
     assert all(call.args[3] for call in give.call_args_list)
+    cfg.critic, cfg.teacher_thinking = None, False
+    numbers, _, examples = ev.score_contexts(subject, problems, cfg)
+    assert set(numbers) == {"tokens"} | sd.NO_CRITIC - {"grpo"}
+    [masked] = [replace(examples[0][0], advantages=[], tokens=["<step_1>", "2"])]
+    assert ">2</span>" in ev.example([masked])  # without a teacher, too
 
 
 BAD = """: a run or a model
