@@ -142,7 +142,7 @@ def test_the_share_of_the_weights_that_adapters_reach(tmp_path, make_config, cap
 
 
 def test_a_prompt_needs_room_for_the_completion(run, tmp_path, tiny, world, monkeypatch):
-    monkeypatch.setattr(sd, "open_critic", Mock(side_effect=UserError("it fits")))
+    monkeypatch.setattr(sd, "add_adapters", Mock(side_effect=UserError("it fits")))
     messages = [sd.solver_message(p) for part in critic.load_problems(world) for p in part]
     room = 256 - max(len(prompt) for prompt in sd.encode_chats(tiny[1], messages))
     assert "it fits" in run(tmp_path / "run", max_new_tokens=room)[1]
