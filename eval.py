@@ -56,7 +56,7 @@ def open_subject(name):
     folder = Path(name)
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        raise UserError(f"{name} is no run and no model; all runs of a folder are FOLDER/*")
+        raise UserError(f"{name} is no run and no model; for all runs in it, pass {name}/*")
     if not metrics.exists():
         return Subject(name, name, name)
     try:

@@ -532,7 +532,7 @@ def show(rollout, tokens, tokenizer):
     if rollout.critique == rollout.context:
         steps = len(parse_steps(rollout.text))
         kept = round(steps * rollout.feedback.aligned)
-        said = f"the critique repeats the first {kept} of {steps} steps (the answer is one)"
+        said = f"{kept} of {steps} steps come before the critique's first change (an answer is one)"
         tqdm.write(f"aligned: {said if steps else 'no, the attempt has no steps in tags'}")
     if words := unknown_words(rollout.context, tokenizer):
         tqdm.write(f"WARNING: context words unknown to this model: {paint(' '.join(words))}")
