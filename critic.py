@@ -336,6 +336,8 @@ def request(client, url, cfg, message):
         elif re.match("ReadTimeout|HTTP (?!408|429|5)", reply):  # another try would not help
             break
         else:
+            if pause == 4:
+                tqdm.write(f"{url} does not answer, trying again: {reply[:100]!r}")
             time.sleep(pause)
     hint = "set CRITIC_API_KEY: " if re.match("HTTP 40[13]", reply) else ""
     return None, f"{hint}{url}/chat/completions: {' '.join(reply.split())[:300]}"

@@ -56,7 +56,8 @@ def open_subject(name):
     folder = Path(name)
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.exists() and (folder.is_dir() or folder.parent.name == "runs"):
-        raise UserError(f"{name} is no run and no model; for all runs in it, pass {name}/*")
+        hint = f"; for all runs in it, pass {name}/*" * folder.is_dir()
+        raise UserError(f"{name} is no run and no model{hint}")
     if not metrics.exists():
         return Subject(name, name, name)
     try:
@@ -131,7 +132,7 @@ def sample(model, tokenizer, chats, cfg):
 
 def sample_attempts(model, tokenizer, problems, cfg):
     """cfg.k attempts at each problem; neighbours differ in problem."""
-    prompts = sd.encode_chats(tokenizer, map(sd.solver_message, problems))
+    prompts = sd.solver_prompts(tokenizer, problems)
     return sample(model, tokenizer, [*zip(problems, prompts, strict=True)] * cfg.k, cfg)
 
 
@@ -402,7 +403,7 @@ def page(rows, training, numbers, tables, examples, scored):
     for n, (label, (mean, low, high)) in enumerate(averages.items()):
         parts = [(low, "none"), (mean - low, colour(n)), (high - mean, colour(n))]
         scores[f"{label}: {mean:.1f}"] = parts
-    fills = dict(zip(contexts["tokens"], ["#777", "#d55e00", "#a07040", "#0072b2"], strict=False))
+    fills = dict(zip(contexts["tokens"], ["#777", "#c2185b", "#9a6a80", "#5e55b8"], strict=False))
     kinds = {kind.removeprefix("share "): fill for kind, fill in fills.items()}
     error = "wrong value" if "wrong value" in kinds else "in wrong step"
     whose = escape(f"attempts of {scored.name if scored.cfg else 'the base'}")
@@ -427,10 +428,11 @@ def page(rows, training, numbers, tables, examples, scored):
 <a href="https://arxiv.org/abs/2606.11173">The Role of Feedback Alignment in Self-Distillation</a>.
 A student writes an attempt. Its teacher, the same model before training, also sees a context.
 Made by <code>{escape(shlex.join(sys.argv))}</code></p>
-<h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Bar: 95% interval. Its line: mean.
-</p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}<p>First: a line for each seed. \
-Second: does a teacher that is right more often, with the context in its prompt, teach more? The \
-base has no context.\n{escape(training)}</p>
+<h2>Avg on the test problems, from 0 to 100%</h2>{bars(scores)}<p>Avg: share of right attempts. \
+Bar: 95% interval. Its line: mean.</p><p>{legend(colours)}</p>{charts(rows, averages, contexts)}
+<p>First: a line for each seed, on the validation problems. Second: does a teacher that is right \
+more often, with the context in its prompt, teach more? The base has no context.
+{escape(training)}</p>
 <h2>Where the advantage is: shares of |A_t| in wrong {whose}</h2>
 <p>{legend(kinds) or "Unknown: pass --critic."}</p>{bars(shares)}<p>A_t: mean, {error}, in nats \
 (negative: change it). tokens: shares of all tokens. The rest is outside the steps. \
@@ -484,7 +486,10 @@ def score_contexts(subject, problems, cfg):
     tokens = analyse({"tokens": ones}, shares, cfg.k)  # the kinds' shares of all tokens
     text = table(f"{subject.model}: A_t in wrong attempts, nats", kinds, numbers, decimals=2)
     text += table("share of |A_t| in wrong attempts, %", shares, tokens | numbers)
-    text += table("teachers' answers; right attempts' tokens with A_t < -0.5; %", others, numbers)
+    title = (
+        "how often the teacher is right; tokens of right attempts with A_t < -0.5, pushed down; %"
+    )
+    text += table(title, others, numbers)
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"
     return tokens | numbers, text, pick_examples(readings)
@@ -514,17 +519,18 @@ def main(argv):
     rows, training = rows_of(subjects), describe_training(runs)
     numbers, tables = {}, ""
     test = f"{len(problems)} problems of {cfg.data}, attempts at each: {cfg.k}"
-    print("sampling", test, "by", *(rows or [scored.name]))
+    print(f"{', '.join(rows or [scored.name])}: sampling {test}")
     if rows:
         scores = {label: measure(row, problems, cfg) for label, row in rows.items()}
         names = [f"Avg@{cfg.k}", f"Maj@{cfg.k}", f"Pass@{cfg.k}", "tokens"]
         numbers = {"scores": score_rows(rows, scores, names), "problems": scores}
-        title = f"{test} [95% interval over problems; N seeds: lowest, highest]"
+        seeds = "; N seeds: lowest, highest" * any(len(row) > 1 for row in rows.values())
+        title = f"{test} [95% interval over problems{seeds}]"
         tables = table(title, names, numbers["scores"]) + training
         print(tables)
     if explained:
         numbers["contexts"], text, examples = score_contexts(scored, problems, cfg)
-        write(args.html, page(rows, training, numbers, tables + text, examples, scored))
+        write(args.html, page(rows, training + test, numbers, tables + text, examples, scored))
         if args.html:
             print(f"advantages: see {args.html}")
         else:

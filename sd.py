@@ -518,6 +518,15 @@ def unknown_words(text, tokenizer):
     return [word for word, ids in encoded.items() if tokenizer.unk_token_id in ids]
 
 
+def solver_prompts(tokenizer, problems):
+    """A list of P token ids for each problem. Raises UserError if there are unknown words."""
+    for problem in problems:
+        if words := unknown_words(problem.statement, tokenizer):
+            said = "the model does not know these words, so pass another --model"
+            raise UserError(f"{said}: {' '.join(words)}")
+    return encode_chats(tokenizer, [solver_message(problem) for problem in problems])
+
+
 def show(rollout, tokens, tokenizer):
     """Prints an attempt, coloured by A_t, and what the teacher sees."""
     end = ", cut off" * rollout.cut_off
@@ -539,9 +548,10 @@ def show(rollout, tokens, tokenizer):
 
 
 def log_rollouts(rollouts, run, tokenizer, cfg):
-    """Keeps three rollouts, wrong first, for samples.jsonl. Shows the run's first. Then checks."""
+    """Keeps three rollouts for samples.jsonl and shows the run's first. Then checks."""
     row = run["metrics"][-1]
-    for rollout in sorted(rollouts, key=lambda r: r.reward)[:3]:
+    # wrong ones first, and of these the latest error, if the critic has found it
+    for rollout in sorted(rollouts, key=lambda r: (r.reward, -r.feedback.aligned))[:3]:
         tokens = token_texts(tokenizer, rollout.completion, rollout.text)
         if not run["samples"]:
             show(rollout, tokens, tokenizer)
@@ -746,7 +756,8 @@ def prepare(cfg, run):
     problems = critic.load_problems(cfg.data)
     first, rule = problems[0][0], ""
     # A faulty critic or context raises now, not after the base's validation.
-    solved = Rollout(first, [], [], first.solution, 1.0)
+    steps = f"<step_1>{first.solution}</step_1> <answer>{first.answer}</answer>"
+    solved = Rollout(first, [], [], first.solution if parse_steps(first.solution) else steps, 1.0)
     if cfg.condition not in NO_CRITIC and (cfg.critic.endswith(".py") or "://" in cfg.critic):
         rule = "" if "://" in cfg.critic else Path(cfg.critic).read_text()
         print(f"asking {cfg.critic} about the first reference solution", flush=True)
@@ -761,12 +772,7 @@ def prepare(cfg, run):
     print(f"LoRA adapts {share:.0%} of the weights between embedding and output layer")
     if not linear:
         raise UserError(f"the model {cfg.model} has no linear layers to adapt")
-    texts = [problem for part in problems for problem in part]
-    prompts = encode_chats(tokenizer, [solver_message(problem) for problem in texts])
-    for problem in texts:
-        if words := unknown_words(problem.statement, tokenizer):
-            said = f"the model {cfg.model} does not know these words, so pass another --model"
-            raise UserError(f"{cfg.data}: {said}: {' '.join(words)}")
+    prompts = solver_prompts(tokenizer, [problem for part in problems for problem in part])
     silent, thinking = (encode_chats(tokenizer, ["a"], mode) for mode in (False, True))
     if cfg.teacher_thinking and silent == thinking:
         raise UserError(f"the model {cfg.model} has no thinking mode: no --teacher-thinking")

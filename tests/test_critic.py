@@ -382,13 +382,14 @@ REPLIES = {  # what a server does -> its reply, what is said of it ("" if it is 
 
 
 @pytest.mark.parametrize("behaviour", REPLIES)
-def test_what_a_server_may_reply(behaviour, pauses):
+def test_what_a_server_may_reply(behaviour, pauses, capsys):
     """A failure is one of that rollout alone and is said on one line."""
     reply, said, tries = REPLIES[behaviour]
     with server(lambda message, *_: chat(WALK) if message == "fine" else reply) as (url, requests):
         tested, fine = ask_server(url, "tested", "fine")
         assert fine.text == WALK and pauses == [1, 2, 4, 8, 16, 32][: tries - 1]
         assert len(requests) == tries + 1
+        assert capsys.readouterr().out.count("trying again") == (tries > 2)
         assert re.search(f"{said or '^$'}", tested.failure) and "\n" not in tested.failure
         assert tested.text == (None if said else WALK)
         assert tested.reply == (WALK if "finish_reason" in said else "")

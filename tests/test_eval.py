@@ -373,7 +373,8 @@ def test_what_is_evaluated_and_with_which_settings(runs, world, tiny_folder, mon
 
 BAD = """: a run or a model
 runs/nix: runs/nix is no run
-runs: runs is no run and no model
+runs: runs is no run and no model; for all runs in it, pass runs/*
+runs/c --data words.jsonl: does not know these words
 runs/c other: cannot compare runs of different --model or --data
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
@@ -388,6 +389,8 @@ def test_bad_input_is_one_line_before_any_sampling(case, runs, monkeypatch, caps
     shutil.copytree("runs/c", "other")  # outside runs/, so that it is not listed
     config = json.loads(Path("other/config.json").read_text()) | {"data": "data.jsonl"}
     Path("other/config.json").write_text(json.dumps(config))
+    words = '{"problem": "How many?", "solution": "5", "answer": "5"}'
+    Path("words.jsonl").write_text(words)
     for file in "empty.jsonl", "runs/broken/metrics.jsonl", "runs/broken/config.json":
         Path(file).touch()
     data, (command, _, said) = Path("data.jsonl").read_text(), case.partition(": ")

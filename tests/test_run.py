@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -211,6 +212,11 @@ def test_the_first_sample_says_what_the_critique_keeps_and_if_it_was_cut_off(cap
     sd.show(rollout, [], tokenizer)
     said = capsys.readouterr().out
     assert "reward 0, cut off\n" in said and "1 of 3 steps come before" in said
+    feedback = [critic.Critique(None, aligned=aligned) for aligned in (0.2, 0.6)]
+    rollouts = [replace(rollout, completion=[5], feedback=each) for each in feedback]
+    logs = {"metrics": [{}, {"step": 1, "grad_norm": 1.0}], "samples": []}
+    sd.log_rollouts(rollouts, logs, tokenizer, None)
+    assert [sample["feedback"]["aligned"] for sample in logs["samples"]] == [0.6, 0.2]
     for aligned in 0.05, 0.5:
         row = {"step": 1, "aligned": aligned, "grad_norm": 1.0}
         sd.log_rollouts([], {"metrics": [{}, row], "samples": []}, tokenizer, None)
@@ -337,6 +343,14 @@ def test_a_faulty_rule_is_found_before_the_model_is_loaded(run, tmp_path, monkey
     (tmp_path / "rule.py").write_text("def critique(problem, attempt):\n    return [attempt]\n")
     status, error = run(tmp_path / "run", critic=tmp_path / "rule.py")
     assert status == 2 and "rule.py: critique() must return str or None, got ['" in error
+
+
+def test_a_reference_without_tags_is_tried_in_tags(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sd, "load_model", Mock(side_effect=UserError("loaded")))
+    rule, data, row = tmp_path / "rule.py", tmp_path / "data.jsonl", '{"problem": "%d", %s}\n'
+    rule.write_text("def critique(problem, attempt):\n    return attempt\n")
+    data.write_text("".join(row % (n, '"solution": "5", "answer": "5"') for n in range(20)))
+    assert "loaded" in run(tmp_path / "run", critic=rule, data=data)[1] and "fails" not in run.said
 
 
 DAMAGED = [b"", b"junk", b"PK\x03\x04 half of one", b"cos\nmkdir\n(S'ran'\ntR."]  # pickled code
