@@ -378,7 +378,8 @@ runs/c --data words.jsonl: does not know these words
 runs/c other: cannot compare runs of different --model or --data
 runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
-runs/c --k 0: --k
+runs/c --k 0: --k is 0: must be at least 1 and
+runs/c --html runs: runs is a folder
 runs/c --data empty.jsonl: no problems"""
 
 

@@ -66,6 +66,7 @@ def test_a_run_leaves_its_folder_and_is_tested(condition, run, tmp_path, scores,
 
     run.test.side_effect = test
     assert run(out, condition=condition, test_samples=3)[0] == 0
+    assert re.findall("step (.): validation Avg", run.said) == ["2", "4"]
     metrics = read_lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "val_avg" in m] == [0, 2, 4]
