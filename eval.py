@@ -189,12 +189,12 @@ def token_log_probs(model, prompt, completion, cfg):
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
-    """{context: attempts with their advantages under it}, for all contexts but grpo's."""
+    """{context: attempts with their advantages under it}, for those of cfg.contexts we can."""
     readings = {}
     own = [token_log_probs(student, a.prompt, a.completion, cfg) for a in attempts]
-    for name, context in sd.CONTEXTS.items():
-        if not context or not (cfg.critic or name in sd.NO_CRITIC):
-            continue
+    for name in cfg.contexts:
+        if not sd.CONTEXTS[name] or not (cfg.critic or name in sd.NO_CRITIC):
+            continue  # grpo's, or it needs a critique
         readings[name] = [replace(attempt, condition=name) for attempt in attempts]
         for attempt, student_log_probs in zip(readings[name], own, strict=True):
             sd.give_context(attempt, name, tokenizer, cfg.teacher_thinking)
@@ -453,10 +453,13 @@ def parse_args(argv):
     helps = dict.fromkeys(sd.Settings.__annotations__, argparse.SUPPRESS)
     helps["data"] = "test problems: a JSONL file, or a folder with test.jsonl"
     helps["advantages"] = "run or model whose attempts are scored under every context"
+    helps["condition"] = "score them under this context, and without one (empty), only"
     helps["html"] = "file for the page, with the base's attempts if without --advantages"
     helps["json"] = "file for all numbers"
     for name, text in helps.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", help=text)
+        choices = [*sd.CONTEXTS] if name == "condition" else None
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, metavar="X", choices=choices, help=text)
     args = parser.parse_intermixed_args(argv)
     if not (args.subjects or args.advantages):
         parser.error("needs a run or a model; see --help")
@@ -509,7 +512,8 @@ def main(argv):
     settings = [vars(s.cfg) for s in [*runs, scored] if s.cfg] or [plain]
     first = max(settings, key=lambda values: bool(values.get("critic")))  # with a critic, if any
     given = {name: value for name, value in vars(args).items() if value is not None}
-    cfg = sd.parse_args([], first | {"seed": 2} | given)
+    contexts = [args.condition, "empty"] if args.condition else [*sd.CONTEXTS]
+    cfg = sd.parse_args([], first | {"seed": 2, "contexts": contexts} | given)
     if args.data and Path(args.data).is_file():
         problems = critic.read_problems(args.data)
     else:

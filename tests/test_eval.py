@@ -96,6 +96,7 @@ def test_advantages_are_those_of_training(tiny, tmp_path, make_config, monkeypat
     monkeypatch.chdir(tmp_path)
     teacher, tokenizer = tiny
     cfg = make_config(temperature=0.7, micro_batch=2)
+    cfg.contexts = [*sd.CONTEXTS]
     student, _ = sd.load_model(save_model(tmp_path, tokenizer, seed=1), "cpu", "float32")
     attempts = [attempt_of(text, tokenizer) for text in (WRONG, RIGHT, "<answer>")]
     attempts[1].critique = None
@@ -326,6 +327,8 @@ def test_table_advantages_json_and_page(runs, make_config, monkeypatch, capsys):
     assert {"mine", "reference", "shuffled"} < set(contexts) and "omit" not in contexts
     assert contexts["empty"]["wrong value"][0] != 0  # the run is scored, not its base
     assert "advantages: see p.html" in capsys.readouterr().out
+    ev.main([*argv[:6], "--advantages", "runs/c", "--condition", "mine"])
+    assert [*json.loads(Path("n.json").read_text())["contexts"]] == ["tokens", "mine", "empty"]
     ev.main(["runs/c", *argv[:4], "--advantages", "runs/c"])  # without a page
     said = capsys.readouterr().out
     assert contexts["mine"]["teacher right"][0] == 0 and "mine: <step_1>" in said
@@ -380,6 +383,7 @@ runs/broken: config.json or metrics.jsonl is broken
 runs/c --temperature 0: --temperature
 runs/c --k 0: --k is 0: must be at least 1 and
 runs/c --html runs: runs is a folder
+--advantages runs/c --condition praise: invalid choice
 runs/c --data empty.jsonl: no problems"""
 
 
