@@ -189,12 +189,12 @@ def token_log_probs(model, prompt, completion, cfg):
 
 
 def read_contexts(attempts, student, teacher, tokenizer, cfg):
-    """{context: attempts with their advantages under it}, for those of cfg.contexts we can."""
+    """{context: attempts with their advantages under it}, for each of cfg.contexts."""
     readings = {}
     own = [token_log_probs(student, a.prompt, a.completion, cfg) for a in attempts]
     for name in cfg.contexts:
         if not sd.CONTEXTS[name] or not (cfg.critic or name in sd.NO_CRITIC):
-            continue  # grpo's, or it needs a critique
+            continue  # grpo has no context; without a critic there is no critique
         readings[name] = [replace(attempt, condition=name) for attempt in attempts]
         for attempt, student_log_probs in zip(readings[name], own, strict=True):
             sd.give_context(attempt, name, tokenizer, cfg.teacher_thinking)
@@ -489,9 +489,7 @@ def score_contexts(subject, problems, cfg):
     tokens = analyse({"tokens": ones}, shares, cfg.k)  # the kinds' shares of all tokens
     text = table(f"{subject.model}: A_t in wrong attempts, nats", kinds, numbers, decimals=2)
     text += table("share of |A_t| in wrong attempts, %", shares, tokens | numbers)
-    title = (
-        "how often the teacher is right; tokens of right attempts with A_t < -0.5, pushed down; %"
-    )
+    title = "teacher right; pushed down: tokens of right attempts with A_t < -0.5; both in %"
     text += table(title, others, numbers)
     means = [f"{n} {mean:.2f}" for n, mean in sd.summarise(attempts).items()]
     text += f"all attempts (meanings: .github/MODELS.md): {', '.join(means)}\n"

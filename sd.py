@@ -709,7 +709,7 @@ def open_run(argv):
     for name, value in saved.items():
         flag, now = name.replace("_", "-"), getattr(cfg, name)
         longer = name == "steps" and now > value
-        moved = name == "critic" and "http" == f"{value}"[:4] == f"{now}"[:4]
+        moved = name == "critic" and all("://" in str(url) for url in (value, now))
         if now != value and not (name in OVERRIDES or longer or moved):
             said = f"{folder} was started with --{flag} {value}, now {now}"
             raise UserError(f"{said}: leave it out, or change --out")
@@ -760,7 +760,7 @@ def prepare(cfg, run):
     solved = Rollout(first, [], [], first.solution if parse_steps(first.solution) else steps, 1.0)
     if cfg.condition not in NO_CRITIC and (cfg.critic.endswith(".py") or "://" in cfg.critic):
         rule = "" if "://" in cfg.critic else Path(cfg.critic).read_text()
-        print(f"asking {cfg.critic} about the first reference solution", flush=True)
+        print(f"trying {cfg.critic} on the first reference solution", flush=True)
         ask_critic([solved], open_critic(cfg, None, None))
         if said := solved.feedback.failure:
             print(f"WARNING: {cfg.critic} fails on the first reference solution: {said}")
@@ -782,9 +782,9 @@ def prepare(cfg, run):
     context = CONTEXTS[cfg.condition]
     if context:
         give_context(solved, cfg.condition, tokenizer, cfg.teacher_thinking)
+    code, prompts = context and inspect.getsource(context), SOLVE + HELP + CRITICISE
     inputs = {"model": model.fingerprint, "data": repr(problems), "rule": rule}
-    inputs |= {"prompts": SOLVE + HELP + CRITICISE}
-    inputs |= {"context": context and inspect.getsource(context)}
+    inputs |= {"prompts": prompts, "context": code}
     before = run.setdefault("inputs", inputs)  # a new run gets them
     if changed := [name for name, text in inputs.items() if text != before[name]]:
         said = f"changed since its start: {', '.join(changed)}; undo it, or change --out"
@@ -868,7 +868,9 @@ def parse_args(argv, defaults=None):
     cfg = parser.parse_args(argv)
     fill_in(cfg)
     for name, value in vars(cfg).items():
-        least = 0 if name in ("seed", "test_samples") else 1 if type(value) is int else 1e-12
+        least = 1 if type(value) is int else 1e-12
+        if name in ("seed", "test_samples"):
+            least = 0
         if type(value) in (int, float) and not least <= value < 10**6:
             raise UserError(
                 f"--{name.replace('_', '-')} is {value}: must be at least {least:g} and below 10^6"
